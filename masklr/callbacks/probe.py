@@ -1,0 +1,160 @@
+"""Accuracy of a linear classifier on frozen features."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from torchmetrics import MeanMetric
+
+from masklr.callbacks.features import Pool, element, evaluation, features, named_layers
+from masklr.callbacks.recording import Recording, first_validation_counts, with_means
+from masklr.probes import RidgeClassifier, RidgeMoments, ridge
+
+PIXELS = "pixels"
+
+
+class Probe(pl.Callback):
+    """Ridge classifier on frozen features at every validation: fitted on the training split, accuracy on validation.
+
+    The fit is in closed form on streamed moments; the penalty is chosen by cross-validation within the training split. Logs
+    `probe/{layer}/accuracy` in percent and, once, `probe/pixels/accuracy`, the same classifier on raw pixels.
+
+    Training images come from the data module's `unaugmented_train_dataloader()` where it has one, else from the set behind the
+    training loader.
+
+    Args:
+        layers: Glob patterns of layers below `module`; none probes what `forward` returns, under the name `output`.
+        module: Dotted path below which layers are named.
+        pool: How tokens or feature maps become features: their `mean`, the `first` token, or all `tokens`.
+        max_train_samples: Training images to fit on, evenly spaced over the split (the first ones of a stream); None takes
+            all.
+        pixels: Whether to probe raw pixels too, at the first validation; they must have at most 4,096 values an image.
+        inputs: Where a batch has its images: an index or a key.
+        labels: Where a batch has its class indices.
+
+    Raises:
+        ValueError: A pattern or path that matches nothing; images too large for `pixels`.
+    """
+
+    def __init__(
+        self,
+        layers: list[str] | None = None,
+        module: str = "",
+        pool: Pool = "mean",
+        max_train_samples: int | None = 20_000,
+        pixels: bool = True,
+        inputs: int | str = 0,
+        labels: int | str = 1,
+    ) -> None:
+        if max_train_samples is not None and max_train_samples < 10:
+            raise ValueError(f"Expected `max_train_samples` of at least 10, got {max_train_samples}.")
+        if pool == "tokens":
+            raise ValueError("Expected `pool` to be 'mean' or 'first', got 'tokens': an image has one label.")
+        self.layers, self.module, self.pool = layers or [], module, pool
+        self.max_train_samples, self.pixels, self.inputs, self.labels = max_train_samples, pixels, inputs, labels
+
+    @property
+    def state_key(self) -> str:
+        """Differs between two such callbacks in one trainer."""
+        return f"{type(self).__name__}({self.module!r}, {self.layers}, {self.pool!r})"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find the layers, so that a wrong pattern ends the run before it begins."""
+        named_layers(pl_module, self.module, self.layers)
+        self._recording = Recording(trainer, "probe")
+        self._pixels_due = self.pixels
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fit the classifiers on the training split."""
+        self._classifiers: dict[str, RidgeClassifier] = {}
+        self._accuracies: dict[str, MeanMetric] = {}
+        if not first_validation_counts(trainer):
+            return
+        moments: dict[str, RidgeMoments] = {}
+        with self._recording.measurement(), evaluation(trainer, pl_module):
+            for batch, positions in self._train_batches(trainer, pl_module):
+                labels = element(batch, self.labels, "labels")
+                for name, found in self._features(pl_module, batch).items():
+                    if name not in moments:
+                        moments[name] = RidgeMoments().to(found.device)
+                    moments[name].update(found, labels, positions)
+            self._classifiers = {name: ridge(moment.compute()) for name, moment in moments.items()}
+            self._accuracies = {name: MeanMetric().to(pl_module.device) for name in moments}
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: object,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Classify a batch of the first validation loader."""
+        if dataloader_idx > 0 or not self._classifiers:
+            return
+        with self._recording.measurement(), evaluation(trainer, pl_module):
+            labels = element(batch, self.labels, "labels")
+            for name, found in self._features(pl_module, batch).items():
+                hits = self._classifiers[name].predict(found) == labels
+                self._accuracies[name].update(100.0 * hits.float())
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Record the accuracies."""
+        if not self._classifiers:
+            return
+        values = {name: {"accuracy": metric.compute().item()} for name, metric in self._accuracies.items()}
+        keys = {f"probe/{PIXELS}/accuracy": values.pop(PIXELS)["accuracy"]} if PIXELS in values else {}
+        self._recording.scalars(trainer.global_step, {**keys, **with_means("probe", values)})
+        self._pixels_due = False
+
+    def _features(self, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
+        images = element(batch, self.inputs, "inputs")
+        found = features(pl_module, named_layers(pl_module, self.module, self.layers), images, self.pool)
+        if self._pixels_due:
+            if (size := images[0].numel()) > 4096:
+                raise ValueError(f"Expected images of at most 4,096 values for `pixels`, got {size}; set `pixels: false`.")
+            found[PIXELS] = images.flatten(1).float()
+        return found
+
+    def _train_batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[tuple[Any, Tensor]]:
+        """Batches of the training split on the module's device, with each sample's position among those taken."""
+        if (make := getattr(trainer.datamodule, "unaugmented_train_dataloader", None)) is not None:
+            loader = make()
+        else:
+            # The trainer shows its training loader only once training has begun, after the measurement at step 0.
+            loader = trainer.train_dataloader or trainer.fit_loop._data_source.dataloader()
+        if not isinstance(loader, DataLoader):
+            raise ValueError(f"Expected the training loader to be one DataLoader, got a {type(loader).__name__}.")
+        rank, world = trainer.global_rank, trainer.world_size
+        if isinstance(loader.dataset, IterableDataset):
+            num_batches = None
+            if self.max_train_samples is not None:
+                num_batches = -(-self.max_train_samples // ((loader.batch_size or 1) * world))
+            batches: Iterator[Any] = islice(iter(loader), num_batches)
+        else:
+            batches = iter(self._evenly_spaced(loader, rank, world))
+        taken = 0
+        for batch in batches:
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            count = len(element(batch, self.labels, "labels"))
+            positions = torch.arange(taken, taken + count, device=pl_module.device) * world + rank
+            taken += count
+            yield batch, positions
+
+    def _evenly_spaced(self, loader: DataLoader, rank: int, world: int) -> DataLoader:
+        """A loader over evenly spaced samples of the set behind a loader: a set sorted by class still shows all classes."""
+        size = len(loader.dataset)  # type: ignore[arg-type]
+        count = size if self.max_train_samples is None else min(size, self.max_train_samples)
+        indices = [i * size // count for i in range(rank, count, world)]
+        return DataLoader(
+            loader.dataset,
+            batch_size=getattr(loader.batch_sampler, "batch_size", None) or 256,
+            sampler=indices,
+            collate_fn=loader.collate_fn,
+            generator=torch.Generator(),  # its own: iterating a loader without one draws from the global generator
+        )

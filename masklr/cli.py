@@ -1,0 +1,86 @@
+"""The command `masklr`: what it can do, and one place where a user's mistake becomes a sentence.
+
+Imports nothing heavy: `masklr --help` answers at once. Commands that need Lightning live in `masklr.recipe_cli`.
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from masklr import __version__
+from masklr.names import did_you_mean
+
+COMMANDS = {
+    "fit": "train from a recipe, into a run folder of its own",
+    "validate": "measure a checkpoint on the validation split",
+    "test": "measure a checkpoint on the test split",
+    "predict": "write features or logits of a data set as safetensors",
+}
+
+HELP = """masklr: train with masks, see the rank, use the rank.
+
+usage: masklr COMMAND [--config RECIPE.yaml] [--key value ...]
+
+commands:
+{commands}
+
+  masklr COMMAND --help               every option of a command
+  masklr fit --config RECIPE.yaml     run a recipe; those of masklr are in configs/
+  masklr fit --config RECIPE.yaml --print_config
+                                      the recipe with all defaults filled in
+  masklr --version                    the version
+
+A run writes into runs/NAME/VERSION: config.yaml, metrics.csv, spectra/, pictures/, checkpoints/, wandb/ (offline unless
+--wandb PROJECT[/ENTITY] is given). MASKLR_DEBUG=1 shows the stack trace of an error.
+"""
+
+PACKAGE = str(Path(__file__).parent) + os.sep
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, or 2 for a mistake of the user's, which one sentence explains."""
+    arguments = sys.argv[1:] if argv is None else argv
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(HELP.format(commands="\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())), end="")
+        return 0
+    if command == "--version":
+        print(f"masklr {__version__}")
+        return 0
+    if command not in COMMANDS:
+        return _failed(f"Expected a command, got {command!r}{did_you_mean(command, COMMANDS)}")
+    try:
+        from masklr.recipe_cli import run
+
+        run(arguments)
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None or os.environ.get("MASKLR_DEBUG"):
+            raise
+        return _failed(sentence)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _failed(sentence: str) -> int:
+    print(f"masklr: error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _sentence(error: Exception) -> str | None:
+    """What to tell the user of an error of theirs; None for any other, whose stack trace is needed.
+
+    An error is the user's if our own code, or Lightning's check of the configuration, refused something.
+    """
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    ours = type(error).__module__.partition(".")[0] == "masklr" or raised_in.startswith(PACKAGE)
+    refused = ours and isinstance(error, ValueError | OSError)
+    if not refused and type(error).__name__ != "MisconfigurationException":
+        return None
+    # A worker process's error comes with its stack trace as text; the sentence is its end, after the error's name.
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())

@@ -1,0 +1,19 @@
+"""Images as LightningDataModules: batches of (uint8 images, labels, positions), exact over ranks and resumes."""
+
+from masklr.data.augment import RandomCrop, RandomHorizontalFlip, RandomResizedCrop
+from masklr.data.decoding import SampleError
+from masklr.data.digits import Digits
+from masklr.data.images import TorchvisionImages
+from masklr.data.loading import ImageData
+from masklr.data.shards import ShardedImages
+
+__all__ = [
+    "Digits",
+    "ImageData",
+    "RandomCrop",
+    "RandomHorizontalFlip",
+    "RandomResizedCrop",
+    "SampleError",
+    "ShardedImages",
+    "TorchvisionImages",
+]

@@ -1,0 +1,317 @@
+"""Remote tar shards and parquet files as streams of batches, read with Hugging Face `datasets`."""
+
+import hashlib
+import logging
+import os
+import random
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from masklr.data.decoding import SampleError, View, decoded_image
+from masklr.data.splits import _NAMED_SKIPS, Batch, OnError, mixed_sizes
+from masklr.data.tar_index import sample_name
+
+log = logging.getLogger(__name__)
+
+_MAX_WORKERS = 1024  # counters of skipped samples, one for each worker process, so that none is lost to a race
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample as it comes from its shard.
+
+    Args:
+        name: How an error names it.
+        data: The image file; None if the sample has none.
+        label: Class index; None if the sample has none.
+        problem: What else is wrong with it.
+    """
+
+    name: str
+    data: bytes | None
+    label: int | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Shards to be streamed, and which of their samples belong to a split.
+
+    Args:
+        paths: Local or remote.
+        kind: What they are.
+        image_column: Column of a parquet file with the images; None for the only one that can be.
+        label_column: Column of a parquet file with the class indices.
+        held_out: Share of the samples that is held out, chosen by a hash of shard and sample.
+        split_seed: Seed of that hash.
+        part: All samples, those held out, or the others.
+    """
+
+    paths: tuple[str, ...]
+    kind: Literal["webdataset", "parquet"]
+    image_column: str | None = None
+    label_column: str = "label"
+    held_out: float = 0.0
+    split_seed: int = 0
+    part: Literal["all", "kept", "held out"] = "all"
+
+    def samples(self, path: str) -> Iterator[Encoded]:
+        """The split's samples in one shard, in its order."""
+        for sample in encoded_samples(path, self.kind, self.image_column, self.label_column):
+            if self.part == "all" or (self._is_held_out(sample.name) == (self.part == "held out")):
+                yield sample
+
+    def _is_held_out(self, name: str) -> bool:
+        digest = hashlib.blake2b(f"{self.split_seed}/{name}".encode(errors="surrogateescape"), digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self.held_out * 2**64
+
+
+class StreamBatches(IterableDataset[Batch]):
+    """Batches of a stream: endless and shuffled for training, or each sample once, in order.
+
+    Every worker process of every rank has its own share of each pass, disjoint and together complete. Training never
+    ends, so that no rank waits at the end of an epoch for one with a shorter share; the order of shards and of samples
+    in the buffer is drawn from (seed, pass, share). It starts after the `start()` batches that its rank has already
+    seen, by reading past them without decoding; with the same ranks and workers the run goes on exactly.
+
+    Args:
+        shards: What is read.
+        view: How images are brought to one size.
+        in_chans: 1 or 3.
+        on_error: `raise` stops at a sample that cannot be used; `skip` makes the batch smaller and counts it.
+        batch_size: Samples in a batch of this rank.
+        rank: This process among those that share the data.
+        num_ranks: Number of processes that share the data.
+        endless: Training order, forever; otherwise each sample once, in order.
+        seed: Seed of the order and of augmentation.
+        shuffle_buffer: Encoded samples that wait to be drawn, in each worker process.
+        start: Batches this rank has seen, asked when iteration begins.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        view: View,
+        in_chans: int,
+        on_error: OnError,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        endless: bool = False,
+        seed: int = 0,
+        shuffle_buffer: int = 4096,
+        start: Callable[[], int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.shards, self.view, self.in_chans, self.on_error = shards, view, in_chans, on_error
+        self.batch_size, self.rank, self.num_ranks = batch_size, rank, num_ranks
+        self.endless, self.seed, self.shuffle_buffer = endless, seed, shuffle_buffer
+        self.start = start
+        self.skipped = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()
+
+    @property
+    def num_skipped(self) -> int:
+        """How many times a sample was skipped, by any worker process of this rank."""
+        return int(self.skipped.sum())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Spawned worker processes are sent a copy when iteration begins; the trainer is not to go with it.
+        seen = self.start() if self.start is not None else 0
+        return {**self.__dict__, "start": _Constant(seen)}
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        seen = self.start() if self.start is not None else 0
+        num_shares = self.num_ranks * num_workers
+        if self.endless:
+            # Batches come from the workers in turn, beginning with worker 0: it takes the share that was next.
+            turn = (worker_id + seen) % num_workers
+            past = len(range(turn, seen, num_workers))
+            numbered = self._forever(self.rank * num_workers + turn, num_shares, past * self.batch_size)
+        else:
+            numbered = self._once(self.rank * num_workers + worker_id, num_shares)
+        while chunk := list(islice(numbered, self.batch_size)):
+            yield self._decoded(chunk, worker_id)
+
+    def _once(self, share: int, num_shares: int) -> Iterator[tuple[int, int, Encoded]]:
+        # Every share reads every shard, since a sample's position among all is known only by counting.
+        samples = (sample for path in self.shards.paths for sample in self.shards.samples(path))
+        for position, sample in enumerate(samples):
+            if position % num_shares == share:
+                yield 0, position, sample
+
+    def _forever(self, share: int, num_shares: int, past: int) -> Iterator[tuple[int, int, Encoded]]:
+        lengths: dict[str, int] = {}
+        for epoch in count():
+            readings = shares_of_pass(self.shards.paths, share, num_shares, self.seed, epoch)
+            if past and all(path in lengths for path, _, _ in readings):
+                num_samples = sum(len(range(first, lengths[path], step)) for path, first, step in readings)
+                if num_samples <= past:  # a whole pass that need not be read
+                    past -= num_samples
+                    continue
+            draws = random.Random(f"{self.seed} {epoch} {share}")
+            number = -1
+            for number, sample in enumerate(shuffled(self._read(readings, lengths), self.shuffle_buffer, draws)):
+                if past:
+                    past -= 1
+                else:
+                    yield epoch, number * num_shares + share, sample
+            if number < 0:
+                raise SampleError(
+                    f"{self.shards.paths[0]} and {len(self.shards.paths) - 1} others: fewer samples than "
+                    f"ranks x workers ({num_shares})."
+                )
+
+    def _read(self, readings: Iterable[tuple[str, int, int]], lengths: dict[str, int]) -> Iterator[Encoded]:
+        for path, first, step in readings:
+            number = -1
+            for number, sample in enumerate(self.shards.samples(path)):
+                if number % step == first:
+                    yield sample
+            lengths[path] = number + 1
+
+    def _decoded(self, chunk: Sequence[tuple[int, int, Encoded]], worker_id: int) -> Batch:
+        images: list[Tensor] = []
+        labels, positions = [], []
+        for epoch, position, sample in chunk:
+            try:
+                image, label = decoded_sample(sample, self.in_chans)
+            except SampleError as error:
+                if self.on_error == "raise":
+                    raise
+                self.skipped[worker_id] += 1
+                if self.skipped[worker_id] <= _NAMED_SKIPS:
+                    log.warning("Skipped %s", error)
+                continue
+            image = self.view(image, (self.seed, epoch, position) if self.endless else None)
+            if images and image.shape != images[0].shape:
+                raise SampleError(mixed_sizes(sample.name, image, (images[0].shape[1], images[0].shape[2])))
+            images.append(image)
+            labels.append(label)
+            positions.append(position)
+        if not images:
+            raise SampleError(f"{chunk[0][2].name}: no image of its batch of {len(chunk)} can be read.")
+        return torch.stack(images), torch.tensor(labels), torch.tensor(positions)
+
+
+@dataclass(frozen=True)
+class _Constant:
+    value: int
+
+    def __call__(self) -> int:
+        return self.value
+
+
+def shares_of_pass(
+    paths: Sequence[str], share: int, num_shares: int, seed: int, epoch: int
+) -> list[tuple[str, int, int]]:
+    """What one worker process reads in one pass: (shard, first sample, step).
+
+    Whole shards if there are enough, in an order drawn for the pass, so that no share has the smaller half forever;
+    otherwise several read one shard in turns. Over all shares, each sample of each shard is read once.
+    """
+    order = list(paths)
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    if len(order) >= num_shares:
+        return [(path, 0, 1) for path in order[share::num_shares]]
+    shard = share % len(order)
+    return [(order[shard], share // len(order), len(range(shard, num_shares, len(order))))]
+
+
+def shuffled(samples: Iterable[Encoded], buffer_size: int, draws: random.Random) -> Iterator[Encoded]:
+    """Each sample once: one at random out of a buffer, whose place the next one takes."""
+    source = iter(samples)
+    buffer = list(islice(source, buffer_size))
+    for sample in source:
+        place = draws.randrange(len(buffer))
+        buffer[place], sample = sample, buffer[place]
+        yield sample
+    draws.shuffle(buffer)
+    yield from buffer
+
+
+def decoded_sample(sample: Encoded, in_chans: int) -> tuple[Tensor, int]:
+    """Image and label; `SampleError` names the sample."""
+    if sample.problem is not None:
+        raise SampleError(f"{sample.name}: {sample.problem}")
+    if sample.data is None:
+        raise SampleError(f"{sample.name}: no image.")
+    if sample.label is None or sample.label < 0:
+        raise SampleError(f"{sample.name}: no class index.")
+    return decoded_image(bytearray(sample.data), in_chans, sample.name), sample.label
+
+
+def encoded_samples(path: str, kind: str, image_column: str | None, label_column: str) -> Iterator[Encoded]:
+    """Samples of one shard as `datasets` streams them, undecoded; what breaks off the stream is the last sample."""
+    key = "the first"
+    try:
+        for row, key in _rows(path, kind):
+            yield _encoded(path, kind, key, row, image_column, label_column)
+    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+        if isinstance(error, (SampleError, FileNotFoundError)):
+            raise
+        yield Encoded(sample_name(path, key), None, None, f"the shard breaks off here or after it ({error}).")
+
+
+def _rows(path: str, kind: str) -> Iterator[tuple[dict[str, Any], str]]:
+    datasets = installed_datasets()
+    stream = datasets.load_dataset(kind, data_files=[path], split="train", streaming=True)
+    if stream.features is not None:
+        stream = stream.decode(False)
+    number = 0
+    # `iter` and not `for`: inside a worker process the latter deals out shards by its own rule.
+    for columns in stream.iter(batch_size=32):
+        for values in zip(*columns.values(), strict=True):
+            row = dict(zip(columns, values, strict=True))
+            yield row, str(row.get("__key__", f"{number:06d}"))
+            number += 1
+
+
+def _encoded(
+    path: str, kind: str, key: str, row: dict[str, Any], image_column: str | None, label_column: str
+) -> Encoded:
+    name = sample_name(path, key)
+    if kind == "webdataset":
+        images, label = [row[column] for column in ("jpg", "jpeg", "png", "webp") if row.get(column)], row.get("cls")
+        image = images[0] if images else None
+    else:
+        columns = [column for column, value in row.items() if isinstance(value, dict) and "bytes" in value]
+        if image_column is None and len(columns) != 1:
+            raise ValueError(f"{path}: expected one column of images, found {columns}; pass `image_column`.")
+        for argument, column in (("image_column", image_column or columns[0]), ("label_column", label_column)):
+            if column not in row:
+                raise SampleError(f"`{argument}`: {path} has no column {column!r}, only {', '.join(row)}.")
+        image, label = row[image_column or columns[0]], row[label_column]
+    data = image["bytes"] if isinstance(image, dict) else image
+    if isinstance(label, (str, bytes)) and label.strip().isdigit():
+        label = int(label)
+    return Encoded(name, data, label if isinstance(label, int) else None)
+
+
+def installed_datasets() -> Any:
+    """The module `datasets`; ValueError says how to install it."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            "Remote shards and parquet files need Hugging Face datasets: pip install 'masklr[stream]'."
+        ) from None
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def shard_kind(argument: str, paths: Sequence[str]) -> Literal["webdataset", "parquet"]:
+    """What the files are, by their extension."""
+    kinds = {os.path.splitext(path.split("?")[0])[1].lower() == ".parquet" for path in paths}
+    if len(kinds) > 1:
+        raise ValueError(f"`{argument}`: expected tar shards or parquet files, got both.")
+    return "parquet" if kinds.pop() else "webdataset"

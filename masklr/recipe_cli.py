@@ -1,0 +1,159 @@
+"""`masklr fit|validate|test|predict`: LightningCLI with a folder for each run and errors in one sentence."""
+
+import os
+import re
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytorch_lightning as pl
+import yaml
+from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
+
+import masklr.callbacks
+import masklr.data
+import masklr.tasks  # noqa: F401 (imported so that recipes can use short class names)
+from masklr.callbacks import StepSeed, StepTiming
+from masklr.callbacks.predictions import PredictionWriter
+from masklr.callbacks.recording import written_whole
+from masklr.loggers import new_run_folder, run_loggers
+from masklr.names import did_you_mean
+from masklr.summary import summary
+
+
+class RecipeParser(LightningArgumentParser):
+    """A parser whose errors are one sentence, with the nearest valid option, instead of pages of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the sentence and exit with code 2."""
+        print(f"masklr: error: {self._sentence(message)}", file=sys.stderr)
+        sys.exit(2)
+
+    def _sentence(self, message: str) -> str:
+        text = " ".join(str(message).split())
+        return text
+
+
+class SaveRecipe(SaveConfigCallback):
+    """Write the recipe with all its values into the run's folder and into wandb's config."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write `config.yaml`, whole or not at all; called on rank 0."""
+        text = self.parser.dump(self.config, skip_none=False)
+        with written_whole(Path(trainer.default_root_dir) / "config.yaml") as path:
+            path.write_text(text)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update(yaml.safe_load(text), allow_val_change=True)
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI in subclass mode for task and data, with a run folder."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._command = arguments[0]
+        self.run_folder: Path | None = None
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveRecipe,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            parser_class=RecipeParser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=arguments,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the command that was asked for: its parser is all that is needed."""
+        return {self._command: super().subcommands()[self._command]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of the run itself."""
+        parser.add_argument("--name", type=str, default="run", help="Name of the run's folder below `runs`.")
+        parser.add_argument("--runs", type=str, default="runs", help="Folder in which runs live.")
+        parser.add_argument(
+            "--wandb",
+            type=str,
+            default="offline",
+            help="`offline` (no account needed), `off`, or PROJECT[/ENTITY] to log online.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, with Lightning's remark about arguments from Python left out: ours come from the command line."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+            super().parse_arguments(parser, args)
+
+    def before_instantiate_classes(self) -> None:
+        """Check what can be checked before anything is built."""
+        path = self.config[self._command].get("ckpt_path")
+        if path and path not in ("last", "best", "hpc", "registry") and not Path(path).exists():
+            raise FileNotFoundError(f"Expected `ckpt_path` to be a checkpoint, but there is no file {path}.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The trainer, with a folder of this run's own, made only now that task and data have accepted their values."""
+        options, trainer = self.config_init[self._command], self.config_init[self._command].trainer
+        folder = new_run_folder(Path(options.runs), options.name, self._command)
+        self.run_folder = folder
+        if trainer.logger is None or trainer.logger is True:
+            kwargs["logger"] = run_loggers(folder, options.wandb)
+        kwargs["default_root_dir"] = str(folder)
+        callbacks = list(trainer.callbacks or [])
+        given = tuple(type(callback) for callback in callbacks)
+        if not any(issubclass(kind, StepSeed) for kind in given):
+            callbacks.append(StepSeed())
+        callbacks.append(StepTiming())
+        if trainer.enable_progress_bar is not False and not any(issubclass(kind, ProgressBar) for kind in given):
+            # Showing the loss waits for the device: not at every step.
+            callbacks.append(TQDMProgressBar(refresh_rate=10))
+        if trainer.enable_checkpointing is not False and not any(issubclass(kind, ModelCheckpoint) for kind in given):
+            callbacks.append(
+                ModelCheckpoint(
+                    dirpath=folder / "checkpoints",
+                    filename="step={step:08d}",
+                    auto_insert_metric_name=False,
+                    save_last="link",
+                )
+            )
+        if self._command == "predict":
+            callbacks.append(PredictionWriter(folder / "predictions.safetensors"))
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def after_fit(self) -> None:
+        """Show what the run found."""
+        if self.trainer.is_global_zero:
+            print(summary(self.run_folder), flush=True)
+
+    def after_predict(self) -> None:
+        """Say where the predictions are."""
+        if self.trainer.is_global_zero:
+            print(f"predictions: {self.run_folder / 'predictions.safetensors'}", flush=True)
+
+
+def run(arguments: list[str]) -> None:
+    """Run a command line. A run that fails before its first step leaves no folder behind."""
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # sets in memory need none
+    os.environ.setdefault("PYTORCH_TIPS", "0")
+    cli = RecipeCLI.__new__(RecipeCLI)
+    try:
+        cli.__init__(arguments)  # type: ignore[misc]
+    except BaseException:
+        folder, trainer = getattr(cli, "run_folder", None), getattr(cli, "trainer", None)
+        if folder is not None and folder.is_dir() and (trainer is None or trainer.global_step == 0):
+            _finish_wandb()
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _finish_wandb() -> None:
+    """wandb writes until it is told that the run is over."""
+    if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
+        wandb.finish(exit_code=2, quiet=True)
