@@ -74,6 +74,8 @@ def _sentence(error: Exception) -> str | None:
 
     An error is the user's if our own code, or Lightning's check of the configuration, refused something.
     """
+    while isinstance(error, ValueError) and "Union subtypes" in str(error) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # jsonargparse wraps what a constructor raised, as often as the recipe is nested
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     ours = type(error).__module__.partition(".")[0] == "masklr" or raised_in.startswith(PACKAGE)
     refused = ours and isinstance(error, ValueError | OSError)

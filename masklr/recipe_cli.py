@@ -1,12 +1,11 @@
 """`masklr fit|validate|test|predict`: LightningCLI with a folder for each run and errors in one sentence."""
 
 import os
-import re
 import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytorch_lightning as pl
 import yaml
@@ -21,21 +20,8 @@ from masklr.callbacks import StepSeed, StepTiming
 from masklr.callbacks.predictions import PredictionWriter
 from masklr.callbacks.recording import written_whole
 from masklr.loggers import new_run_folder, run_loggers
-from masklr.names import did_you_mean
+from masklr.recipe_parser import RecipeParser
 from masklr.summary import summary
-
-
-class RecipeParser(LightningArgumentParser):
-    """A parser whose errors are one sentence, with the nearest valid option, instead of pages of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the sentence and exit with code 2."""
-        print(f"masklr: error: {self._sentence(message)}", file=sys.stderr)
-        sys.exit(2)
-
-    def _sentence(self, message: str) -> str:
-        text = " ".join(str(message).split())
-        return text
 
 
 class SaveRecipe(SaveConfigCallback):

@@ -101,7 +101,8 @@ class TorchvisionImages(ImageData):
         self.view = View(size_pair(image_size), interpolation, center_fraction, random_resized_crop)
         self.val_folder, self.test_folder = self._folders(val_folder, test_folder)
         self.own_validation = self.val_folder is not None
-        self.test_fraction = in_unit_interval("test_fraction", test_fraction)
+        own_test = self.test_folder is not None if name is None else has_test_split(self._set_class)
+        self.test_fraction = 0.0 if own_test else in_unit_interval("test_fraction", test_fraction)
 
     def _folders(self, val_folder: str | None, test_folder: str | None) -> tuple[Path | None, Path | None]:
         if self.folder is None:

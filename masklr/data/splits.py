@@ -1,6 +1,7 @@
 """Images as data sets that answer a whole batch at once: from memory, or decoded on the way."""
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -211,7 +212,8 @@ def decoded_into_memory(source: Source, view: View, on_error: OnError, title: st
     """
     from tqdm.auto import tqdm
 
-    size = view.image_size or first_size(source, on_error)
+    native = first_size(source, on_error)
+    size = view.image_size or native
     images = torch.empty((len(source), source.in_chans, *size), dtype=torch.uint8)
     labels = torch.empty(len(source), dtype=torch.int64)
     errors: dict[int, SampleError] = {}
@@ -232,8 +234,8 @@ def decoded_into_memory(source: Source, view: View, on_error: OnError, title: st
         return len(rows)
 
     chunks = [range(start, min(start + 256, len(source))) for start in range(0, len(source), 256)]
-    # Decoders let go of the interpreter's lock. More than four threads wait for each other.
-    pool = ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))))
+    # Decoders let go of the interpreter's lock, but for small images threads wait for it longer than they work.
+    pool = ThreadPoolExecutor(1 if math.prod(native) < 128 * 128 else min(4, len(os.sched_getaffinity(0))))
     with pool, tqdm(total=len(source), desc=title, unit=" images", disable=len(source) < 5000, leave=False) as bar:
         try:
             for count in pool.map(read, chunks):

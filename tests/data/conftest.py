@@ -3,13 +3,13 @@
 import io
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from pytorch_lightning.callbacks import ModelCheckpoint
 
 
 def pytest_configure(config):
@@ -57,25 +57,32 @@ def recorder():
     return Recorder
 
 
-@pytest.fixture
-def run(tmp_path):
-    """Train on a data module; saves every `save_every` steps if given; returns what the steps saw."""
+class Saver(pl.Callback):
+    """Saves at the end of the last step's batch, as a run would that is killed right after."""
 
-    def run(data, checkpoint=None, save_every=None, validate=False, **trainer):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == trainer.max_steps:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.fixture
+def run():
+    """Trains on a data module; returns the module with what its steps saw."""
+
+    def run(data, checkpoint=None, save=None, validate=False, **trainer):
         module = Recorder()
-        callbacks = []
-        if save_every:
-            callbacks = [ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=save_every, save_top_k=-1)]
-        limits = {} if validate else {"limit_val_batches": 0}
         pl.Trainer(
             accelerator="cpu",
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            enable_checkpointing=bool(callbacks),
-            callbacks=callbacks,
+            enable_checkpointing=False,
+            callbacks=[Saver(save)] if save else [],
             num_sanity_val_steps=0,
-            **limits,
+            limit_val_batches=1.0 if validate else 0,
             **trainer,
         ).fit(module, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
         return module
@@ -116,6 +123,12 @@ def pairs(numbers, num_classes=4, kind="png", **size):
         members.append((f"{number:06d}.{kind}", encoded(pixels(number, **size), encoder)))
         members.append((f"{number:06d}.cls", str(number % num_classes).encode()))
     return members
+
+
+@pytest.fixture
+def made():
+    """What makes images and shards."""
+    return SimpleNamespace(pixels=pixels, encoded=encoded, write_tar=write_tar, pairs=pairs)
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ def test_resumed_run_sees_the_batches_of_the_uninterrupted_one(run, tmp_path, st
         return Digits(batch_size=100, seed=3)
 
     whole = run(data(), max_steps=30)
-    before = run(data(), max_steps=steps, save_every=steps)
-    after = run(data(), checkpoint=tmp_path / f"step={steps}.ckpt", save_every=steps, max_steps=30)
+    before = run(data(), max_steps=steps, save=tmp_path / "saved.ckpt")
+    after = run(data(), checkpoint=tmp_path / "saved.ckpt", max_steps=30)
     assert before.seen + after.seen == whole.seen
     assert torch.equal(after.weight, whole.weight)
 
@@ -34,8 +34,8 @@ def test_resumed_run_sees_the_batches_of_the_uninterrupted_one(run, tmp_path, st
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_resumed_run_sees_the_crops_of_the_uninterrupted_one_with_workers(run, tmp_path, num_workers):
     whole = run(fake_images(0), max_steps=14)
-    before = run(fake_images(num_workers), max_steps=8, save_every=8)
-    after = run(fake_images(num_workers), checkpoint=tmp_path / "step=8.ckpt", save_every=8, max_steps=14)
+    before = run(fake_images(num_workers), max_steps=8, save=tmp_path / "saved.ckpt")
+    after = run(fake_images(num_workers), checkpoint=tmp_path / "saved.ckpt", max_steps=14)
     assert before.seen + after.seen == whole.seen
     assert before.sums + after.sums == whole.sums
     assert len(set(whole.sums)) == 14
@@ -47,8 +47,8 @@ def test_resumed_run_is_exact_under_accumulation_with_short_epochs_and_validatio
 
     options = {"accumulate_grad_batches": 2, "limit_train_batches": 10, "validate": True, "val_check_interval": 4}
     whole = run(data(), max_steps=16, **options)
-    before = run(data(), max_steps=7, save_every=7, **options)
-    after = run(data(), checkpoint=tmp_path / "step=7.ckpt", save_every=7, max_steps=16, **options)
+    before = run(data(), max_steps=7, save=tmp_path / "saved.ckpt", **options)
+    after = run(data(), checkpoint=tmp_path / "saved.ckpt", max_steps=16, **options)
     assert {len(batch) for batch in whole.seen} == {40}
     assert before.seen + after.seen == whole.seen
 
