@@ -45,12 +45,16 @@ def run_loggers(folder: Path, wandb: str) -> list[Logger]:
         wandb: `offline`, `off`, or `project[/entity]` to log online.
     """
     name, version = folder.parent.name, folder.name
-    loggers: list[Logger] = [CSVLogger(folder.parent.parent, name=name, version=version)]
+    csv = CSVLogger(folder.parent.parent, name=name, version=version)
+    _ = csv.experiment  # made while the folder is empty: later Lightning would warn that it is not
+    loggers: list[Logger] = [csv]
     if wandb == "off":
         return loggers
     from wandb import Settings
 
     offline = wandb == "offline"
+    if offline:
+        os.environ.setdefault("WANDB_SILENT", "true")  # settings come too late for what wandb.init itself says
     project, _, entity = ("masklr", "", "") if offline else wandb.partition("/")
     loggers.append(
         WandbLogger(

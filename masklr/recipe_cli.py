@@ -1,5 +1,6 @@
 """`masklr fit|validate|test|predict`: LightningCLI with a folder for each run and errors in one sentence."""
 
+import logging
 import os
 import shutil
 import sys
@@ -9,14 +10,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import yaml
-from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 
 import masklr.callbacks
 import masklr.data
 import masklr.tasks  # noqa: F401 (imported so that recipes can use short class names)
-from masklr.callbacks import StepSeed, StepTiming
+from masklr.callbacks import StepProgress, StepSeed, StepTiming
 from masklr.callbacks.predictions import PredictionWriter
 from masklr.callbacks.recording import written_whole
 from masklr.loggers import new_run_folder, run_loggers
@@ -51,7 +52,7 @@ class RecipeCLI(LightningCLI):
             save_config_callback=SaveRecipe,
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
-            parser_class=RecipeParser,
+            parser_class=type("RecipeParser", (RecipeParser,), {"arguments": arguments}),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=arguments,
@@ -98,9 +99,10 @@ class RecipeCLI(LightningCLI):
             callbacks.append(StepSeed())
         callbacks.append(StepTiming())
         if trainer.enable_progress_bar is not False and not any(issubclass(kind, ProgressBar) for kind in given):
-            # Showing the loss waits for the device: not at every step.
-            callbacks.append(TQDMProgressBar(refresh_rate=10))
-        if trainer.enable_checkpointing is not False and not any(issubclass(kind, ModelCheckpoint) for kind in given):
+            callbacks.append(StepProgress())
+        if self._command != "fit":
+            kwargs["enable_checkpointing"] = any(issubclass(kind, ModelCheckpoint) for kind in given)
+        elif trainer.enable_checkpointing is not False and not any(issubclass(kind, ModelCheckpoint) for kind in given):
             callbacks.append(
                 ModelCheckpoint(
                     dirpath=folder / "checkpoints",
@@ -111,7 +113,11 @@ class RecipeCLI(LightningCLI):
             )
         if self._command == "predict":
             callbacks.append(PredictionWriter(folder / "predictions.safetensors"))
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except (ValueError, TypeError) as error:
+            # Lightning refuses an accelerator, a precision or a cadence that it does not know.
+            raise ValueError(f"`trainer`: {error}") from error
 
     def after_fit(self) -> None:
         """Show what the run found."""
@@ -126,20 +132,36 @@ class RecipeCLI(LightningCLI):
 
 def run(arguments: list[str]) -> None:
     """Run a command line. A run that fails before its first step leaves no folder behind."""
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # sets in memory need none
-    os.environ.setdefault("PYTORCH_TIPS", "0")
+    _quiet()
     cli = RecipeCLI.__new__(RecipeCLI)
     try:
         cli.__init__(arguments)  # type: ignore[misc]
     except BaseException:
+        _finish_wandb(exit_code=2)
         folder, trainer = getattr(cli, "run_folder", None), getattr(cli, "trainer", None)
         if folder is not None and folder.is_dir() and (trainer is None or trainer.global_step == 0):
-            _finish_wandb()
             shutil.rmtree(folder, ignore_errors=True)
         raise
+    _finish_wandb(exit_code=0)
 
 
-def _finish_wandb() -> None:
+def _quiet() -> None:
+    """Leave out what Lightning says about itself, not about the run."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of functions that Lightning calls
+    for message in (
+        ".*does not have many workers.*",  # sets in memory need none
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*is smaller than the logging interval.*",  # recipes count steps, not epochs
+        ".*callbacks used to create the checkpoint need to be provided.*",  # measuring one needs fewer
+    ):
+        warnings.filterwarnings("ignore", message)
+    noise = ("Tip:", "TPU available")
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
+        lambda record: not any(part in record.getMessage() for part in noise)
+    )
+
+
+def _finish_wandb(exit_code: int) -> None:
     """wandb writes until it is told that the run is over."""
     if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
-        wandb.finish(exit_code=2, quiet=True)
+        wandb.finish(exit_code=exit_code)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 from pytorch_lightning.cli import LightningArgumentParser
@@ -15,7 +15,13 @@ from masklr.names import did_you_mean
 
 
 class RecipeParser(LightningArgumentParser):
-    """A parser whose errors are one sentence instead of pages of usage, and that takes no abbreviated options."""
+    """A parser whose errors are one sentence instead of pages of usage, and that takes no abbreviated options.
+
+    Attributes:
+        arguments: The command line, in which the place of a mistake is looked up.
+    """
+
+    arguments: ClassVar[list[str]] = []
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
@@ -24,7 +30,7 @@ class RecipeParser(LightningArgumentParser):
         """Print the sentence and exit with code 2."""
         parser = getattr(ex, "subcommand_parser", None) or self
         known = [action.dest for action in parser._actions]
-        print(f"masklr: error: {sentence(str(message), known, sys.argv[1:])}", file=sys.stderr)
+        print(f"masklr: error: {sentence(str(message), known, self.arguments)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -45,10 +51,12 @@ def sentence(message: str, known: list[str], arguments: list[str]) -> str:
         return f"`{found[1]}` has no option {found[2]!r}{did_you_mean(found[2], known)}"
     if found := re.search(r"unrecognized arguments: --([^\s=]+)", message):
         return f"There is no option {found[1]!r}{did_you_mean(found[1], known)}"
-    if found := re.search(r"Problem with given class_path '([^']+)': (.*)", message):
+    if found := re.search(r"Problem with given class_path '([^']+)':\s*(.*)", message):
         path, reason = found[1], found[2].strip().rstrip(".")
         module, _, name = path.rpartition(".")
-        return f"There is no class {path!r}: {reason}{did_you_mean(name, _classes(module)) if module else '.'}"
+        return f"Expected the path of a class, got {path!r} ({reason}){did_you_mean(name, _classes(module))}"
+    if found := re.search(r"File does not exist: '?([^']+)'?", message):
+        return f"There is no file {found[1]}."
     return " ".join(_innermost(message).split())
 
 

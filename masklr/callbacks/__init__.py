@@ -3,8 +3,17 @@
 from masklr.callbacks.probe import Probe
 from masklr.callbacks.reconstructions import Reconstructions
 from masklr.callbacks.representation_spectrum import RepresentationSpectrum
+from masklr.callbacks.step_progress import StepProgress
 from masklr.callbacks.step_seed import StepSeed
 from masklr.callbacks.step_timing import StepTiming
 from masklr.callbacks.weight_spectrum import WeightSpectrum
 
-__all__ = ["Probe", "Reconstructions", "RepresentationSpectrum", "StepSeed", "StepTiming", "WeightSpectrum"]
+__all__ = [
+    "Probe",
+    "Reconstructions",
+    "RepresentationSpectrum",
+    "StepProgress",
+    "StepSeed",
+    "StepTiming",
+    "WeightSpectrum",
+]

@@ -125,7 +125,7 @@ def test_val_folder_of_a_folder_is_its_test_split(folder):
 
 
 def test_val_folder_given_is_the_validation_split(folder):
-    data = TorchvisionImages(folder=str(folder), val_folder="val")
+    data = TorchvisionImages(folder=str(folder), val_folder="val", test_fraction=0.0)
     data.setup("fit")
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 12, "validation": 4}
 

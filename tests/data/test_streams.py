@@ -1,0 +1,247 @@
+import builtins
+import logging
+import os
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from masklr.data import SampleError, ShardedImages
+from masklr.data.streams import StreamBatches, shares_of_pass, shuffled
+
+pytest.importorskip("datasets")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),
+]
+
+
+def streamed(train, **options):
+    options = {"streaming": True, "num_classes": 4, "batch_size": 4, "num_workers": 0, "shuffle_buffer": 7} | options
+    data = ShardedImages(train, **options)
+    data.setup("fit")
+    return data
+
+
+def prints(batches):
+    """What tells the images of these batches apart."""
+    return [image.numpy().tobytes() for images, _, _ in batches for image in images]
+
+
+@pytest.fixture
+def originals(made):
+    return {np.ascontiguousarray(made.pixels(number, height=6).transpose(2, 0, 1)).tobytes() for number in range(40)}
+
+
+@pytest.mark.parametrize("num_shares", [1, 2, 4, 5, 9])
+def test_shares_of_a_pass_are_disjoint_and_complete(num_shares):
+    paths = [f"{shard}.tar" for shard in range(4)]
+    for epoch in range(3):
+        read = Counter()
+        for share in range(num_shares):
+            for path, first, step in shares_of_pass(paths, share, num_shares, 0, epoch):
+                read.update((path, sample) for sample in range(first, 10, step))
+        assert set(read.values()) == {1}
+        assert len(read) == 40
+
+
+def test_shuffling_keeps_every_sample_and_its_seed_decides():
+    import random
+
+    orders = [list(shuffled(range(50), 8, random.Random(seed))) for seed in (1, 1, 2)]
+    assert sorted(orders[0]) == list(range(50))
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0] != sorted(orders[0])
+    assert sorted(shuffled(range(3), 8, random.Random(0))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("num_ranks", "num_workers"), [(1, 0), (1, 2), (3, 0), (2, 3)])
+def test_first_pass_of_all_ranks_and_workers_is_every_sample_once(shards, originals, num_ranks, num_workers):
+    data = streamed(shards, val_fraction=0.0, num_workers=num_workers, batch_size=1)
+    seen = []
+    for rank in range(num_ranks):
+        loader = data.train_dataloader()
+        loader.dataset.rank, loader.dataset.num_ranks = rank, num_ranks
+        for share in range(max(1, num_workers)):
+            number = rank * max(1, num_workers) + share
+            samples = loader.dataset._forever(number, num_ranks * max(1, num_workers), 0)
+            seen += [s.data for epoch, _, s in takewhile_first_pass(samples)]
+    assert len(seen) == len(set(seen)) == len(originals)
+
+
+def takewhile_first_pass(samples):
+    for sample in samples:
+        if sample[0] > 0:
+            return
+        yield sample
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_stream_goes_on_over_passes_and_sees_every_image_equally_often(shards, originals, num_workers):
+    loader = streamed(shards, val_fraction=0.0, num_workers=num_workers).train_dataloader()
+    seen = Counter(prints(islice(loader, 30)))
+    assert set(seen) == originals
+    assert set(seen.values()) == {3}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_validation_covers_the_held_out_samples_once_in_order(shards, originals, num_workers, num_ranks):
+    data = streamed(shards, val_fraction=0.4, num_workers=num_workers)
+    batches, held_out = [], data.val_dataloader()
+    for rank in range(num_ranks):
+        held_out.dataset.rank, held_out.dataset.num_ranks = rank, num_ranks
+        batches += list(held_out)
+    positions = torch.cat([positions for _, _, positions in batches])
+    assert sorted(positions.tolist()) == list(range(len(positions)))
+    kept = prints(data.unaugmented_train_dataloader())
+    assert 5 < len(positions) < 30
+    assert len(kept) + len(positions) == 40
+    assert set(kept) | set(prints(batches)) == originals
+    by_position = dict(zip(positions.tolist(), prints(batches), strict=True))
+    alone = ShardedImages(shards, streaming=True, num_classes=4, val_fraction=0.4, num_workers=0)
+    alone.setup("fit")
+    assert [by_position[position] for position in range(len(positions))] == prints(alone.val_dataloader())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("steps", [5, 22])
+def test_resumed_run_sees_the_batches_of_the_uninterrupted_one(shards, run, tmp_path, num_workers, steps):
+    def data():
+        return ShardedImages(
+            shards,
+            streaming=True,
+            num_classes=4,
+            batch_size=4,
+            image_size=(6, 4),
+            random_resized_crop=(0.3, 1.0),
+            shuffle_buffer=7,
+            num_workers=num_workers,
+        )
+
+    whole = run(data(), max_steps=30)
+    before = run(data(), max_steps=steps, save=tmp_path / "saved.ckpt")
+    after = run(data(), checkpoint=tmp_path / "saved.ckpt", max_steps=30)
+    assert before.seen + after.seen == whole.seen
+    assert before.sums + after.sums == whole.sums
+
+
+def test_epochs_of_a_limited_number_of_batches_go_on_in_the_stream(shards, run):
+    def data():
+        return ShardedImages(shards, streaming=True, num_classes=4, batch_size=4, num_workers=0)
+
+    assert run(data(), max_epochs=4, limit_train_batches=3).seen == run(data(), max_steps=12).seen
+
+
+def test_stream_works_with_validation_by_steps(shards, recorder):
+    data = ShardedImages(shards, val=shards.replace("*", "00[23]"), streaming=True, num_classes=4, batch_size=4)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=6,
+        val_check_interval=3,
+        check_val_every_n_epoch=None,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    module = recorder()
+    trainer.fit(module, data)
+    assert module.validated == list(range(20)) * 2
+    assert len(module.seen) == 6
+    assert len(trainer.predict(recorder(), data)) == 5
+
+
+def test_stream_without_max_steps_is_refused(shards, run):
+    with pytest.raises(ValueError, match="`max_steps` for a stream, which has no length"):
+        run(ShardedImages(shards, streaming=True, num_classes=4), max_epochs=1)
+
+
+def test_damaged_samples_of_a_stream_are_named_or_skipped(tmp_path, made, run, caplog):
+    members = made.pairs(range(12))
+    members[13] = ("000006.txt", b"no class")
+    members[14] = ("000007.png", members[14][1][:-30])
+    path = made.write_tar(tmp_path / "a.tar", members)
+    options = {"streaming": True, "num_classes": 4, "batch_size": 4, "num_workers": 0, "image_size": 8}
+    with pytest.raises(SampleError, match=r"^a.tar: sample 00000(6: no class index|7: cut off or damaged)"):
+        run(ShardedImages(str(path), val_fraction=0.0, **options), max_steps=6)
+    with caplog.at_level(logging.WARNING):
+        module = run(ShardedImages(str(path), val_fraction=0.0, on_error="skip", **options), max_steps=6)
+    assert sum(map(len, module.seen)) == 20
+    assert "Skipped a.tar: sample 000007: cut off or damaged" in caplog.text
+    assert "Skipped 4 samples of streams" in caplog.text
+
+
+def test_stream_of_a_shard_that_is_cut_off_is_an_error_that_names_it(tmp_path, made):
+    path = made.write_tar(tmp_path / "a.tar", made.pairs(range(12)))
+    os.truncate(path, path.stat().st_size // 2)
+    data = streamed(str(path), val_fraction=0.0)
+    with pytest.raises(SampleError, match=r"^a.tar: sample 0000\d\d: "):
+        list(data.unaugmented_train_dataloader())
+
+
+@pytest.fixture
+def parquet(tmp_path, made):
+    import datasets
+
+    for shard in range(2):
+        numbers = range(5 * shard, 5 * shard + 5)
+        images = [{"bytes": made.encoded(made.pixels(number)), "path": None} for number in numbers]
+        columns = {"img": images, "fine": [number % 3 for number in numbers]}
+        features = datasets.Features({"img": datasets.Image(), "fine": datasets.ClassLabel(num_classes=3)})
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / f"{shard}.parquet")
+    return str(tmp_path / "*.parquet")
+
+
+def test_parquet_is_streamed(parquet, made):
+    data = ShardedImages(
+        parquet, num_classes=3, label_column="fine", batch_size=5, num_workers=0, val_fraction=0.0, in_chans=1
+    )
+    data.setup("fit")
+    assert data.streaming
+    labels = torch.cat([labels for _, labels, _ in data.unaugmented_train_dataloader()])
+    assert labels.tolist() == [number % 3 for number in range(10)]
+    assert data.image_size == (8, 8)
+    assert next(iter(data.train_dataloader()))[0].shape == (5, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "`label_column`: .* 'label', only img, fine"), ({"image_column": "x"}, "`image_column`")],
+)
+def test_missing_columns_are_named(parquet, options, message):
+    data = ShardedImages(parquet, num_classes=3, **options)
+    with pytest.raises(SampleError, match=message):
+        data.setup("fit")
+
+
+def test_tar_and_parquet_together_are_refused(parquet, shards):
+    with pytest.raises(ValueError, match="`train`: expected tar shards or parquet files, got both"):
+        ShardedImages([parquet, shards])
+
+
+def test_missing_library_is_a_sentence(shards, monkeypatch):
+    original = builtins.__import__
+
+    def without_datasets(name, *arguments, **options):
+        if name == "datasets":
+            raise ImportError(name)
+        return original(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_datasets)
+    with pytest.raises(ValueError, match=r"pip install 'masklr\[stream\]'"):
+        ShardedImages(shards, streaming=True, num_classes=4)
+
+
+def test_a_spawned_copy_of_the_stream_knows_where_the_run_stands(shards):
+    import pickle
+
+    stream = streamed(shards).train_dataloader().dataset
+    stream.start = lambda: 3
+    copy = pickle.loads(pickle.dumps(stream))
+    assert isinstance(copy, StreamBatches)
+    assert copy.start() == 3

@@ -1,0 +1,133 @@
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import Attention
+from torch import nn
+
+from masklr.models import attention as module
+from masklr.models.attention import FastAttention, accelerate, attention
+
+
+def twins(seed=0, width=24, **options):
+    """timm's attention and ours with the same weights."""
+    torch.manual_seed(seed)
+    theirs = Attention(width, num_heads=3, qkv_bias=True, **options)
+    ours = FastAttention(width, num_heads=3, qkv_bias=True, **options)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
+def output_and_gradients(layer, x, **options):
+    x = x.clone().requires_grad_()
+    out = layer(x, **options)
+    weights = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+    grads = torch.autograd.grad((out * weights).sum(), [x, *layer.parameters()])
+    return [out.detach(), *grads]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 80, 81])
+def test_output_and_gradients_equal_those_of_timm(tokens):
+    theirs, ours = twins()
+    x = torch.randn(3, tokens, 24)
+    for a, b in zip(output_and_gradients(theirs, x), output_and_gradients(ours, x), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6 * float(a.abs().max().clamp(min=1)))
+
+
+def test_products_are_really_used_up_to_their_longest_sequence():
+    _, ours = twins()
+    assert module.MAX_TOKENS_BY_PRODUCTS[torch.float32] == 80
+    for tokens, by_products in ((80, True), (81, False)):
+        qkv = ours.qkv(torch.randn(1, tokens, 24))
+        function = attention(qkv, 3).grad_fn
+        graph = set()
+        todo = [function]
+        while todo:
+            node = todo.pop()
+            graph.add(type(node).__name__)
+            todo += [child for child, _ in node.next_functions if child is not None]
+        assert ("_AttentionByProductsBackward" in graph) == by_products
+
+
+def test_bf16_is_as_near_to_the_truth_as_timm():
+    theirs, ours = twins(width=48)
+    x = torch.randn(4, 17, 48)
+    truth = output_and_gradients(copy.deepcopy(theirs).double(), x.double())
+    a = output_and_gradients(theirs.bfloat16(), x.bfloat16())
+    b = output_and_gradients(ours.bfloat16(), x.bfloat16())
+    for exact, timms, fast in zip(truth, a, b, strict=True):
+        scale = exact.abs().max()
+        error, timms_error = (((y.double() - exact).abs().max() / scale).item() for y in (fast, timms))
+        assert fast.dtype == torch.bfloat16
+        assert error < max(0.02, 2 * timms_error)
+
+
+def test_autocast_gives_bf16_and_stays_near_float32():
+    _, ours = twins()
+    x = torch.randn(2, 9, 24)
+    exact = output_and_gradients(ours, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ours(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), exact[0], rtol=0.05, atol=0.02)
+
+
+def test_gradient_is_that_of_finite_differences():
+    function = module._AttentionByProducts.apply
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 4, 18, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: function(x, 3, 0.7), (qkv,))
+
+
+@pytest.mark.parametrize("options", [{"qk_norm": True}, {"scale_norm": True}, {"gated": True}, {"attn_drop": 0.5}])
+@pytest.mark.parametrize("training", [False, True])
+def test_options_of_timm_keep_their_meaning(options, training):
+    if "qk_norm" in options or "scale_norm" in options:
+        options = {**options, "norm_layer": nn.LayerNorm}
+    theirs, ours = twins(**options)
+    for layer in (theirs, ours):
+        layer.train(training)
+        for p in layer.parameters():
+            if p.ndim == 1:
+                nn.init.uniform_(p, 0.5, 1.5, generator=torch.Generator().manual_seed(p.numel()))
+    x = torch.randn(2, 7, 24)
+    results = []
+    for layer in (theirs, ours):
+        torch.manual_seed(1)  # attention dropout draws
+        results.append(output_and_gradients(layer, x))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"attn_mask": torch.ones(7, 7, dtype=torch.bool).tril(2)}])
+def test_attention_masks_keep_their_meaning(options):
+    theirs, ours = twins()
+    x = torch.randn(2, 7, 24)
+    for a, b in zip(output_and_gradients(theirs, x, **options), output_and_gradients(ours, x, **options), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(ours(x, **options), ours(x))
+
+
+def test_projection_dropout_is_applied_in_training_only():
+    _, ours = twins(proj_drop=0.5)
+    x = torch.randn(2, 7, 24)
+    assert (ours(x) == 0).any()
+    assert not (ours.eval()(x) == 0).any()
+
+
+def test_accelerate_names_the_layers_it_changes_and_leaves_subclasses_alone():
+    class Special(Attention):
+        pass
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=3, num_heads=3)
+    model.blocks[1].attn.__class__ = Special
+    keys, first = list(model.state_dict()), model.blocks[0].attn
+    parameters = [id(p) for p in model.parameters()]
+    assert accelerate(model) == ["blocks.0.attn", "blocks.2.attn"]
+    assert type(model.blocks[1].attn) is Special
+    assert type(model.blocks[0].attn) is FastAttention
+    assert model.blocks[0].attn is first
+    assert list(model.state_dict()) == keys
+    assert [id(p) for p in model.parameters()] == parameters
+    assert accelerate(model) == []

@@ -1,0 +1,272 @@
+"""The command line: runs, their folders, and what a mistake is answered with."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from masklr.cli import main
+
+RECIPE = Path(__file__).parents[1] / "configs" / "pretrain_digits.yaml"
+MODEL = "--model.init_args.model.init_args."
+SMALL = [
+    f"{MODEL}encoder_args={{'embed_dim': 16, 'depth': 2, 'num_heads': 2}}",
+    f"{MODEL}decoder_dim=8",
+    f"{MODEL}decoder_depth=1",
+    f"{MODEL}decoder_heads=2",
+    "--trainer.accelerator=cpu",
+    "--trainer.log_every_n_steps=2",
+    "--trainer.val_check_interval=4",
+]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Set by a run for its further processes; kept from the next test.
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "MASKLR_RUN_FOLDER", "MASKLR_DEBUG"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def fit(runs: Path, *arguments: str, steps: int = 4, wandb: str = "off", command: str = "fit") -> int:
+    return main(
+        [
+            command,
+            f"--config={RECIPE}",
+            *SMALL,
+            f"--trainer.max_steps={steps}",
+            f"--runs={runs}",
+            f"--wandb={wandb}",
+            *arguments,
+        ]
+    )
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def steps_of(folder: Path, key: str) -> list[int]:
+    return [int(row["step"]) for row in metrics(folder) if row.get(key)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    assert fit(runs, steps=8) == 0
+    return runs / "pretrain_digits" / "version_0"
+
+
+def test_run_keeps_everything_in_its_own_folder(run_folder: Path) -> None:
+    assert {path.name for path in run_folder.iterdir()} >= {"config.yaml", "metrics.csv", "spectra", "pictures", "checkpoints"}
+    assert (run_folder / "spectra" / "weight_spectrum" / "step=00000000.npz").exists()
+    assert (run_folder / "spectra" / "weight_spectrum" / "step=00000008.npz").exists()
+    assert (run_folder / "pictures" / "reconstructions" / "step=00000008.png").exists()
+    assert (run_folder / "checkpoints" / "last.ckpt").exists()
+    assert not list(run_folder.rglob(".*")), "temporary files are left"
+
+
+def test_metrics_stand_at_the_steps_of_their_measurement(run_folder: Path) -> None:
+    assert steps_of(run_folder, "val/loss") == [0, 4, 8]
+    assert steps_of(run_folder, "representation/norm/effective_rank") == [0, 4, 8]
+    assert steps_of(run_folder, "probe/norm/accuracy") == [0, 4, 8]
+    assert steps_of(run_folder, "probe/pixels/accuracy") == [0]
+    assert steps_of(run_folder, "weight/mean/stable_rank") == [0, 8]
+
+
+def test_config_of_a_run_repeats_it_exactly(run_folder: Path, tmp_path: Path) -> None:
+    again = ["fit", f"--config={run_folder / 'config.yaml'}", f"--runs={tmp_path}"]
+    assert main(again) == 0
+    repeated = tmp_path / "pretrain_digits" / "version_0"
+    assert [row["train/loss"] for row in metrics(repeated) if row["train/loss"]] == [
+        row["train/loss"] for row in metrics(run_folder) if row["train/loss"]
+    ]
+    first, second = (torch.load(path / "checkpoints/last.ckpt", weights_only=True) for path in (run_folder, repeated))
+    assert all(torch.equal(first["state_dict"][key], second["state_dict"][key]) for key in first["state_dict"])
+
+
+def test_two_runs_of_one_config_get_folders_of_their_own_and_wandb_knows_the_config(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert fit(tmp_path, wandb="offline") == 0
+    folders = sorted((tmp_path / "pretrain_digits").iterdir())
+    assert [folder.name for folder in folders] == ["version_0", "version_1"]
+    for folder in folders:
+        (stored,) = folder.glob("wandb/offline-run-*/*.wandb")
+        assert b"MaskedAutoencoder" in stored.read_bytes(), "the recipe is not in wandb's config"
+
+
+@pytest.mark.parametrize(("command", "key"), [("validate", "val/loss"), ("test", "test/loss")])
+def test_checkpoint_of_a_run_is_measured_with_its_config(
+    command: str, key: str, run_folder: Path, tmp_path: Path
+) -> None:
+    config, checkpoint = run_folder / "config.yaml", run_folder / "checkpoints" / "last.ckpt"
+    assert main([command, f"--config={config}", f"--ckpt_path={checkpoint}", f"--runs={tmp_path}"]) == 0
+    folder = tmp_path / "pretrain_digits" / f"{command}_0"
+    (value,) = [float(row[key]) for row in metrics(folder) if row.get(key)]
+    if command == "validate":
+        last = [row["val/loss"] for row in metrics(run_folder) if row.get("val/loss")][-1]
+        assert value == pytest.approx(float(last), rel=1e-6)
+        accuracy = [row["probe/norm/accuracy"] for row in metrics(run_folder) if row.get("probe/norm/accuracy")][-1]
+        (probed,) = [float(row["probe/norm/accuracy"]) for row in metrics(folder) if row.get("probe/norm/accuracy")]
+        assert probed == pytest.approx(float(accuracy))
+
+
+def test_predict_writes_features_of_a_split(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    arguments = ["--data.init_args.predict_split=test", "--trainer.callbacks=null"]
+    recipe = yaml.safe_load(RECIPE.read_text())
+    for option in ("max_steps", "val_check_interval", "check_val_every_n_epoch", "callbacks"):
+        recipe["trainer"].pop(option)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main(["predict", f"--config={path}", *SMALL[:6], f"--runs={tmp_path}", "--wandb=off", *arguments]) == 0
+    (written,) = tmp_path.rglob("predictions.safetensors")
+    tensors = load_file(written)
+    count = len(tensors["labels"])
+    assert tensors["features"].shape == (count, 16)
+    assert tensors["positions"].tolist() == list(range(count))
+    assert set(tensors["labels"].tolist()) == set(range(10))
+
+
+# -------------------------------------------------------------------------------------------------- help, quick answers
+
+
+def test_help_shows_every_command_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from masklr.cli import main; assert main(['--help']) == 0; "
+        "assert not {'torch', 'pytorch_lightning', 'timm', 'wandb', 'numpy'} & set(sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for command in ("fit", "validate", "test", "predict"):
+        assert f"\n  {command} " in shown
+
+
+def test_help_of_fit_imports_no_library_that_only_a_run_needs() -> None:
+    # Lightning's own imports are the measure: torchmetrics alone brings several plotting and vision libraries.
+    code = (
+        "import sys\nimport pytorch_lightning.cli\nbefore = set(sys.modules)\nfrom masklr.cli import main\n"
+        "try:\n    main(['fit', '--help'])\nexcept SystemExit as stopped:\n    assert stopped.code == 0\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "heavy = {'timm', 'wandb', 'sklearn', 'datasets', 'matplotlib', 'torchvision', 'safetensors', 'pandas'} & new\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--wandb" in done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+def answer(capsys: pytest.CaptureFixture[str], run: list[str]) -> str:
+    """The one sentence that a failing command prints."""
+    try:
+        code = main(run)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower() or "Traceback" in line]
+    assert len(errors) == 1, errors
+    assert errors[0].startswith("masklr: error: ")
+    return errors[0].removeprefix("masklr: error: ")
+
+
+def edited(tmp_path: Path, old: str, new: str) -> Path:
+    text = RECIPE.read_text()
+    assert old in text
+    path = tmp_path / "edited.yaml"
+    path.write_text(text.replace(old, new))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("mask_ratio:", "mask_ration:", "`MaskedAutoencoder` has no option 'mask_ration'; did you mean mask_ratio"),
+        ("max_steps:", "max_stepz:", "`fit` has no option 'trainer.max_stepz'; did you mean trainer.max_steps"),
+        ("batch_size:", "batchsize:", "`Digits` has no option 'batchsize'; did you mean batch_size"),
+        ("name: pre", "nam: pre", "`fit` has no option 'nam'; did you mean name"),
+        ("masklr.data.Digits", "masklr.data.Digitz", "did you mean Digits"),
+        ("mask_ratio: 0.75", "mask_ratio: 1.2", "Expected `mask_ratio` in (0, 1), got 1.2."),
+        ("mask_ratio: 0.75", "mask_ratio: 0.99", "`mask_ratio`"),
+        ("mask_ratio: 0.75", "mask_ratio: most", "mask_ratio"),
+        ("image_size: 8", "image_size: 9", "Expected `image_size` height 9 to be a multiple of `patch_size` 2."),
+        ("vit_tiny_patch16_224", "vit_tinny", "did you mean vit_tiny_patch16"),
+        ("layers: [norm]", "layers: [norn]", "Expected `layers` to match something, got 'norn'; did you mean norm"),
+        ("module: model.encoder", "module: model.encode", "did you mean model.encoder"),
+        ("accelerator: auto", "accelerator: abacus", "abacus"),
+    ],
+)
+def test_mistake_in_a_recipe_is_one_sentence_and_leaves_no_folder(
+    old: str, new: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    run = ["fit", f"--config={edited(tmp_path, old, new)}", f"--runs={runs}", "--wandb=off"]
+    assert told in answer(capsys, run)
+    assert not [path for path in runs.rglob("*") if path.is_file()]
+    assert not list(runs.glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["fitt"], "did you mean fit"),
+        (["fit", "--config=nowhere.yaml"], "There is no file"),
+        (["fit", f"--config={RECIPE}", "--trainer.max_step=3"], "did you mean trainer.max_steps"),
+        (["fit", f"--config={RECIPE}", "--data.init_args.foo=3"], "`Digits` has no option 'foo'"),
+        (["validate", f"--config={RECIPE}", "--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+    ],
+)
+def test_mistake_on_the_command_line_is_one_sentence(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told in answer(capsys, arguments)
+
+
+def test_missing_shards_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pattern = str(tmp_path / "nothing-*.tar")
+    recipe = RECIPE.with_name("pretrain_cifar10_shards.yaml")
+    told = answer(capsys, ["fit", f"--config={recipe}", f"--data.init_args.train={pattern}", f"--runs={tmp_path}"])
+    assert pattern in told
+    assert "train" in told
+
+
+def test_unknown_data_set_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = RECIPE.with_name("pretrain_cifar10.yaml")
+    told = answer(capsys, ["fit", f"--config={recipe}", "--data.init_args.name=CIFAR11", f"--runs={tmp_path}"])
+    assert "CIFAR10" in told
+
+
+def test_run_folder_below_a_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    told = answer(capsys, ["fit", f"--config={RECIPE}", f"--runs={tmp_path / 'file' / 'runs'}", "--wandb=off"])
+    assert "Cannot make a run folder" in told
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX users")
+def test_run_folder_without_write_permission_is_one_sentence(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o555)
+    code = f"import os, sys; from masklr.loggers import new_run_folder; from pathlib import Path\nnew_run_folder(Path({str(locked)!r}), 'x', 'fit')"
+    as_nobody = {"user": 65534, "group": 65534} if os.geteuid() == 0 else {}
+    if as_nobody:
+        tmp_path.chmod(0o755)
+        for parent in tmp_path.parents:
+            if not os.access(parent, os.X_OK) or parent.stat().st_mode & 0o001 == 0:
+                pytest.skip(f"{parent} cannot be entered by another user, and root may write anywhere")
+        if subprocess.run([sys.executable, "-c", "import masklr"], check=False, capture_output=True, **as_nobody).returncode:
+            pytest.skip("another user cannot run this Python, and root may write anywhere")
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, **as_nobody)
+    assert "Cannot make a run folder" in done.stderr
+    assert "Permission denied" in done.stderr
