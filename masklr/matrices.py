@@ -3,13 +3,13 @@
 Every weight of a linear or convolutional layer is seen as a matrix without being copied; fused projections are split.
 """
 
-import difflib
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
+
+from masklr.names import matching
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -32,8 +32,8 @@ def measured_matrices(
 
     Args:
         model: Any module.
-        include: Globs (`*`, `?`, `[...]`) on names; a matrix is kept if one matches. None keeps all.
-        exclude: Globs on names; a matrix is left out if one matches.
+        include: Patterns of names (see `masklr.names.matching`) to keep. None keeps all.
+        exclude: Patterns of names to leave out.
 
     Returns:
         Matrices in the order of `named_modules()`. They share memory with the parameters (a convolution stored
@@ -102,25 +102,11 @@ def _parts(module: nn.Module, fused: bool) -> dict[str, Tensor]:
 def _selected(
     matrices: dict[str, Tensor], include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> dict[str, Tensor]:
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns or ():
-            if not any(fnmatchcase(name, pattern) for name in matrices):
-                nearest = difflib.get_close_matches(pattern, matrices, n=3, cutoff=0.0)
-                raise ValueError(
-                    f"Expected `{argument}` to match a matrix of the model, got {pattern!r}; the nearest names are "
-                    f"{', '.join(nearest)}."
-                )
-
-    def is_matched(name: str, patterns: Sequence[str]) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-    kept = {
-        name: matrix
-        for name, matrix in matrices.items()
-        if (include is None or is_matched(name, include)) and not is_matched(name, exclude or ())
-    }
-    if not kept:
+    kept = list(matrices) if include is None else matching(matrices, include, "include")
+    left_out = set(matching(matrices, exclude or (), "exclude"))
+    selected = {name: matrices[name] for name in kept if name not in left_out}
+    if not selected:
         raise ValueError(
             f"Expected a matrix to measure, got `include` {include} and `exclude` {exclude} of {len(matrices)}."
         )
-    return kept
+    return selected

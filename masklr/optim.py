@@ -127,6 +127,9 @@ def global_batch_size(trainer: pl.Trainer) -> int:
     if (size := getattr(getattr(trainer, "datamodule", None), "batch_size", None)) is not None:
         return size  # masklr's data modules state the global batch
     loader = trainer.train_dataloader
+    if loader is None:
+        # Lightning shows it only after the optimizer is made, unless it had to count the batches of an epoch.
+        loader = trainer.fit_loop._data_source.dataloader()
     size = getattr(loader, "batch_size", None)
     if size is None and (sampler := getattr(loader, "batch_sampler", None)) is not None:
         size = sampler.batch_size

@@ -2,14 +2,14 @@
 
 import csv
 
+import jaxtyping
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
 
 # Before masklr is imported. An int is a float, as everywhere in Python's annotations.
-install_import_hook(
+jaxtyping.install_import_hook(
     [f"masklr.{room}" for room in ("masks", "spectra", "moments", "matrices", "probes", "models")],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
@@ -190,3 +190,12 @@ def read_metrics():
         return found
 
     return read
+
+
+@pytest.fixture
+def compilable(monkeypatch):
+    """Leaves out the checks of annotations, which cannot be compiled, and forgets what was compiled before and after."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -1,7 +1,6 @@
 """Accuracy of a linear classifier on frozen features."""
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import pytorch_lightning as pl
@@ -27,7 +26,7 @@ class Probe(pl.Callback):
     training loader.
 
     Args:
-        layers: Glob patterns of layers below `module`; none probes what `forward` returns, under the name `output`.
+        layers: Patterns of layers below `module`, such as `norm`; none probes what `forward` returns, under the name `output`.
         module: Dotted path below which layers are named.
         pool: How tokens or feature maps become features: their `mean`, the `first` token, or all `tokens`.
         max_train_samples: Training images to fit on, evenly spaced over the split (the first ones of a stream); None takes
@@ -127,24 +126,22 @@ class Probe(pl.Callback):
             loader = make()
         else:
             # The trainer shows its training loader only once training has begun, after the measurement at step 0.
-            loader = trainer.train_dataloader or trainer.fit_loop._data_source.dataloader()
+            loader = trainer.train_dataloader
+            if loader is None:
+                loader = trainer.fit_loop._data_source.dataloader()
         if not isinstance(loader, DataLoader):
             raise ValueError(f"Expected the training loader to be one DataLoader, got a {type(loader).__name__}.")
         rank, world = trainer.global_rank, trainer.world_size
-        if isinstance(loader.dataset, IterableDataset):
-            num_batches = None
-            if self.max_train_samples is not None:
-                num_batches = -(-self.max_train_samples // ((loader.batch_size or 1) * world))
-            batches: Iterator[Any] = islice(iter(loader), num_batches)
-        else:
-            batches = iter(self._evenly_spaced(loader, rank, world))
+        stream = isinstance(loader.dataset, IterableDataset)
         taken = 0
-        for batch in batches:
+        for batch in loader if stream else self._evenly_spaced(loader, rank, world):
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             count = len(element(batch, self.labels, "labels"))
             positions = torch.arange(taken, taken + count, device=pl_module.device) * world + rank
             taken += count
             yield batch, positions
+            if stream and self.max_train_samples is not None and taken * world >= self.max_train_samples:
+                return
 
     def _evenly_spaced(self, loader: DataLoader, rank: int, world: int) -> DataLoader:
         """A loader over evenly spaced samples of the set behind a loader: a set sorted by class still shows all classes."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from masklr.callbacks.features import Pool, element, evaluation, features, named_layers
 from masklr.callbacks.recording import Recording, first_validation_counts, with_means
-from masklr.moments import SecondMoment, singular_values_from_gram
+from masklr.moments import SecondMoment
 from masklr.spectra import check_measures, effective_rank, measures, null_singular_values
 
 
@@ -21,7 +21,7 @@ class RepresentationSpectrum(pl.Callback):
     of images. With `num_sanity_val_steps: -1` the initialization is measured too, as step 0.
 
     Args:
-        layers: Glob patterns of layers below `module` (`*` does not cross a dot); none measures what `forward` returns,
+        layers: Patterns of layers below `module`, such as `blocks.*` (`*` does not cross a dot, `**` does); none measures what `forward` returns,
             under the name `output`.
         module: Dotted path below which layers are named.
         pool: How tokens or feature maps become features: their `mean`, the `first` token, or all `tokens` as samples.
@@ -88,10 +88,10 @@ class RepresentationSpectrum(pl.Callback):
             spectra, values = {}, {}
             for name, moment in self._moments.items():
                 moments = moment.compute()
-                sigma = spectra[name] = singular_values_from_gram(moments.centered_gram)
+                sigma = spectra[name] = moments.singular_values()
                 values[name] = measures(sigma, self.measures)
                 if "effective_rank" in values[name]:
-                    null = null_singular_values(int(moments.count), len(sigma), centered=True)
+                    null = null_singular_values(int(moments.count), len(moments.sum), centered=True)
                     values[name]["effective_rank_null"] = effective_rank(null).item()
             self._recording.spectra(trainer.global_step, spectra)
         self._recording.scalars(trainer.global_step, with_means("representation", values))

@@ -20,8 +20,9 @@ class WeightSpectrum(pl.Callback):
 
     Args:
         module: Dotted path of the measured part of the LightningModule; all of it if empty. Names begin below it.
-        include: Glob patterns of matrices to measure; all if None.
-        exclude: Glob patterns of matrices to leave out.
+        include: Patterns of matrices to measure, such as `blocks.*.mlp.fc1` (`*` does not cross a dot, `**` does); all if
+            None.
+        exclude: Patterns of matrices to leave out.
         measures: Names of functions in `masklr.spectra`.
         every_n_steps: Optimizer steps between measurements.
 
@@ -80,9 +81,10 @@ class WeightSpectrum(pl.Callback):
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._last_step = trainer.global_step
         with self._recording.measurement():
-            spectra = {name: singular_values(matrix) for name, matrix in self._matrices(pl_module).items()}
+            matrices = self._matrices(pl_module)
+            spectra = {name: singular_values(matrix) for name, matrix in matrices.items()}
             values = {name: measures(sigma, self.measures) for name, sigma in spectra.items()}
-            for name, matrix in self._matrices(pl_module).items():
+            for name, matrix in matrices.items():
                 if "effective_rank" in values[name]:
                     null = effective_rank(null_singular_values(*matrix.shape))
                     values[name]["effective_rank_null"] = null.item()

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -18,10 +19,15 @@ SplitName = Literal["train", "validation", "test"]
 
 
 class Loader(DataLoader):
-    """DataLoader without a state: where it stands is read from the trainer's counters when it is made.
+    """DataLoader without a state: it reads where it stands from the trainer when its first batch is asked for.
 
-    The empty state tells Lightning that a run can be resumed in the middle of an epoch.
+    Not before: a module that asks for `trainer.estimated_stepping_batches` in `configure_optimizers` makes Lightning
+    begin to iterate before it restores its counters, and worker processes would fetch from the wrong place. The empty
+    state tells Lightning that a run can be resumed in the middle of an epoch.
     """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""
@@ -149,13 +155,14 @@ class ImageData(pl.LightningDataModule):
         """Shuffled batches, from where the trainer stands."""
         split, (rank, num_ranks) = self.splits["train"], self._ranks()
         batch_size = self._rank_batch_size(accumulated=True)
-        sampler = TrainingSampler(split, batch_size, rank=rank, num_ranks=num_ranks, seed=self.seed)
-        if self.trainer is not None:
-            # Lightning restores its counters before it asks for this loader. `ready`, since a checkpoint that is
-            # written in `on_train_batch_end` has `completed` one short.
-            seen = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-            sampler.epoch, sampler.start_batch = divmod(seen, self._epoch_batches(len(sampler) // batch_size))
+        start = None if self.trainer is None else self._place
+        sampler = TrainingSampler(split, batch_size, rank=rank, num_ranks=num_ranks, seed=self.seed, start=start)
         return self._loader(split, sampler, batch_size, drop_last=True)
+
+    @property
+    def num_train_batches(self) -> int | None:
+        """Batches of one rank in one epoch, before `limit_train_batches`; None for a stream."""
+        return len(self.splits["train"]) // self._ranks()[1] // self._rank_batch_size(accumulated=True)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """The validation split in order; no loader if nothing is held out."""
@@ -228,11 +235,17 @@ class ImageData(pl.LightningDataModule):
             )
         return self.batch_size // (num_ranks * accumulation)
 
-    def _epoch_batches(self, num_batches: int) -> int:
-        """Batches in an epoch as Lightning counts it, which `limit_train_batches` may cut short."""
+    def _batches_seen(self) -> int:
         assert self.trainer is not None
-        limit = self.trainer.limit_train_batches
-        return max(1, min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit))
+        # `ready`, since a checkpoint that is written in `on_train_batch_end` has `completed` one short.
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+
+    def _place(self) -> tuple[int, int]:
+        """Epoch in which the run stands, and how many of its batches were seen."""
+        assert self.trainer is not None
+        num_batches, limit = self.num_train_batches or 0, self.trainer.limit_train_batches
+        shortened = min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+        return divmod(self._batches_seen(), max(1, shortened))
 
     def _on_cuda(self) -> bool:
         from pytorch_lightning.accelerators import CUDAAccelerator

@@ -1,6 +1,6 @@
 """Which samples a rank sees, in which order: pure functions of (seed, epoch, rank)."""
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from itertools import chain, count, repeat
 
 import numpy as np
@@ -24,8 +24,8 @@ class TrainingSampler(DistributedSampler):
         rank: This process among those that share the data.
         num_ranks: Number of processes that share the data.
         seed: Seed of the order.
-        start_epoch: Epoch in which the run stands.
-        start_batch: Batches of `start_epoch` that were already seen; they are left out once.
+        start: Where the run stands, as (epoch, batches of it that were seen); asked when the first iteration begins,
+            which leaves those out. None is the beginning.
 
     Raises:
         ValueError: The ranks together need more samples for one batch than there are.
@@ -39,8 +39,7 @@ class TrainingSampler(DistributedSampler):
         rank: int = 0,
         num_ranks: int = 1,
         seed: int = 0,
-        start_epoch: int = 0,
-        start_batch: int = 0,
+        start: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=num_ranks, rank=rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
         num_batches = len(dataset) // num_ranks // batch_size
@@ -50,21 +49,16 @@ class TrainingSampler(DistributedSampler):
             )
         self.batch_size = batch_size
         self.num_samples = num_batches * batch_size
-        self.epoch = start_epoch
-        self.start_batch = start_batch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Move to an epoch; another one than the current starts at its first batch."""
-        if epoch != self.epoch:
-            self.start_batch = 0
-        super().set_epoch(epoch)
+        self.start = start
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        past = 0
+        if self.start is not None:
+            self.epoch, past = self.start()
+            self.start = None
         order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.dataset))  # type: ignore[arg-type]
         mine = order[self.rank :: self.num_replicas][: self.num_samples]
-        rest = mine[self.start_batch * self.batch_size :].tolist()
-        yield from zip(repeat(self.epoch), rest, strict=False)
-        self.start_batch = 0  # whoever iterates again without `set_epoch` gets a whole epoch
+        yield from zip(repeat(self.epoch), mine[past * self.batch_size :].tolist(), strict=False)
 
 
 class EvaluationSampler(DistributedSampler):

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from masklr.data.decoding import Interpolation, SampleError, View, size_pair
 from masklr.data.loading import ImageData, SplitName
-from masklr.data.splits import Images, OnError, images_of
+from masklr.data.splits import NAMED_SKIPS, Images, OnError, images_of
 from masklr.data.streams import Shards, StreamBatches, decoded_sample, installed_datasets, shard_kind
 from masklr.data.tar_index import TarSource, shard_index, shard_paths
 
@@ -135,7 +135,7 @@ class ShardedImages(ImageData):
         if errors and self._on_error == "raise":
             others = f" ({len(errors) - 1} more like it.)" if len(errors) > 1 else ""
             raise SampleError(errors[0] + others)
-        for error in errors[:10]:
+        for error in errors[:NAMED_SKIPS]:
             log.warning("Skipped %s", error)
         if errors:
             log.warning("%s: skipped %d samples while indexing %d shards.", name, len(errors), len(indices))
@@ -207,11 +207,12 @@ class ShardedImages(ImageData):
         """Shuffled batches, from where the trainer stands."""
         if not self.streaming:
             return super().train_dataloader()
-        start: Callable[[], int] | None = None
-        if self.trainer is not None:
-            progress = self.trainer.fit_loop.epoch_loop.batch_progress.total
-            start = lambda: progress.ready  # noqa: E731
-        return self._stream("train", endless=True, start=start)
+        return self._stream("train", endless=True, start=None if self.trainer is None else self._batches_seen)
+
+    @property
+    def num_train_batches(self) -> int | None:
+        """Batches of one rank in one epoch, before `limit_train_batches`; None for a stream."""
+        return None if self.streaming else super().num_train_batches
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """The validation split in order; no loader if nothing is held out."""
@@ -244,5 +245,5 @@ class ShardedImages(ImageData):
         """Say how many samples were skipped, if any."""
         super().teardown(stage)
         if skipped := sum(stream.num_skipped for stream in self._streams):
-            log.warning("Skipped %d samples of streams that cannot be read.", skipped)
+            log.warning("Streams: skipped samples that cannot be read %d times, counting each pass.", skipped)
         self._streams = []

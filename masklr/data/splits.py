@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 Batch = tuple[Tensor, Tensor, Tensor]
 OnError = Literal["raise", "skip"]
 
-_NAMED_SKIPS = 10  # so many unreadable samples are named in the log, the others counted
+NAMED_SKIPS = 10  # so many unreadable samples are named in the log, the others counted
 
 
 class Source(Protocol):
@@ -142,7 +142,7 @@ class DecodedImages:
     def _count(self, row: int, error: SampleError) -> None:
         if not self.skipped[row]:
             self.skipped[row] = True
-            if self.num_skipped <= _NAMED_SKIPS:
+            if self.num_skipped <= NAMED_SKIPS:
                 log.warning("Skipped %s", error)
 
 
@@ -244,7 +244,7 @@ def decoded_into_memory(source: Source, view: View, on_error: OnError, title: st
             pool.shutdown(cancel_futures=True)
             raise
     if errors:
-        for row in sorted(errors)[:_NAMED_SKIPS]:
+        for row in sorted(errors)[:NAMED_SKIPS]:
             log.warning("Skipped %s", errors[row])
         log.warning("%s: skipped %d of %d samples that cannot be read.", title, len(errors), len(source))
         kept = torch.tensor([row not in errors for row in range(len(source))])

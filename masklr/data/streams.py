@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from masklr.data.decoding import SampleError, View, decoded_image
-from masklr.data.splits import _NAMED_SKIPS, Batch, OnError, mixed_sizes
+from masklr.data.decoding import EXTENSIONS, SampleError, View, decoded_image
+from masklr.data.splits import NAMED_SKIPS, Batch, OnError, mixed_sizes
 from masklr.data.tar_index import sample_name
 
 log = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class StreamBatches(IterableDataset[Batch]):
                 if self.on_error == "raise":
                     raise
                 self.skipped[worker_id] += 1
-                if self.skipped[worker_id] <= _NAMED_SKIPS:
+                if self.skipped[worker_id] <= NAMED_SKIPS:
                     log.warning("Skipped %s", error)
                 continue
             image = self.view(image, (self.seed, epoch, position) if self.endless else None)
@@ -251,29 +251,35 @@ def decoded_sample(sample: Encoded, in_chans: int) -> tuple[Tensor, int]:
 
 
 def encoded_samples(path: str, kind: str, image_column: str | None, label_column: str) -> Iterator[Encoded]:
-    """Samples of one shard as `datasets` streams them, undecoded; what breaks off the stream is the last sample."""
-    key = "the first"
+    """Samples of one shard as `datasets` streams them, undecoded; what breaks the stream off is the last of them."""
+    key = None
     try:
-        for row, key in _rows(path, kind):
+        for number, row in enumerate(_rows(path, kind)):
+            key = str(row.get("__key__", f"{number:06d}"))
             yield _encoded(path, kind, key, row, image_column, label_column)
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         if isinstance(error, (SampleError, FileNotFoundError)):
             raise
-        yield Encoded(sample_name(path, key), None, None, f"the shard breaks off here or after it ({error}).")
+        if key is None:
+            yield Encoded(os.path.basename(path), None, None, f"the shard cannot be read ({error}).")
+        else:
+            yield Encoded(sample_name(path, key), None, None, f"the shard cannot be read beyond it ({error}).")
 
 
-def _rows(path: str, kind: str) -> Iterator[tuple[dict[str, Any], str]]:
+def _rows(path: str, kind: str) -> Iterator[dict[str, Any]]:
     datasets = installed_datasets()
-    stream = datasets.load_dataset(kind, data_files=[path], split="train", streaming=True)
-    if stream.features is not None:
+    features = None
+    if kind == "webdataset":
+        # Said beforehand: otherwise they are guessed from the first samples, which then must be complete and alike.
+        images = {extension.removeprefix("."): datasets.Image(decode=False) for extension in EXTENSIONS}
+        texts = {name: datasets.Value("string") for name in ("__key__", "__url__")}
+        features = datasets.Features({**images, "cls": datasets.Value("int64"), **texts})
+    stream = datasets.load_dataset(kind, data_files=[path], split="train", streaming=True, features=features)
+    if kind == "parquet" and stream.features is not None:
         stream = stream.decode(False)
-    number = 0
     # `iter` and not `for`: inside a worker process the latter deals out shards by its own rule.
-    for columns in stream.iter(batch_size=32):
-        for values in zip(*columns.values(), strict=True):
-            row = dict(zip(columns, values, strict=True))
-            yield row, str(row.get("__key__", f"{number:06d}"))
-            number += 1
+    for columns in stream.iter(batch_size=1):
+        yield {name: values[0] for name, values in columns.items()}
 
 
 def _encoded(
@@ -281,7 +287,7 @@ def _encoded(
 ) -> Encoded:
     name = sample_name(path, key)
     if kind == "webdataset":
-        images, label = [row[column] for column in ("jpg", "jpeg", "png", "webp") if row.get(column)], row.get("cls")
+        images, label = [row[extension[1:]] for extension in EXTENSIONS if row[extension[1:]]], row["cls"]
         image = images[0] if images else None
     else:
         columns = [column for column, value in row.items() if isinstance(value, dict) and "bytes" in value]
@@ -306,6 +312,8 @@ def installed_datasets() -> Any:
             "Remote shards and parquet files need Hugging Face datasets: pip install 'masklr[stream]'."
         ) from None
     datasets.disable_progress_bars()
+    # Otherwise each shard of each pass is reported to the hub, which waits for seconds where there is no network.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     return datasets
 
 

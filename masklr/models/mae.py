@@ -294,6 +294,9 @@ def _check_vision_transformer(encoder: nn.Module) -> None:
     kind = type(encoder).__name__
     if not isinstance(encoder, VisionTransformer):
         raise ValueError(f"Expected `encoder` to be a timm VisionTransformer, got a {kind}.")
+    if type(encoder)._pos_embed is not VisionTransformer._pos_embed:
+        # A distilled one has a second class token, which `encode` would leave out.
+        raise ValueError(f"Expected `encoder` to place its tokens as timm's VisionTransformer; a {kind} does not.")
     projection = getattr(encoder.patch_embed, "proj", None)
     if not isinstance(projection, nn.Conv2d) or projection.kernel_size != projection.stride:
         raise ValueError(f"Expected `encoder` to embed patches by one convolution; that of this {kind} does not.")

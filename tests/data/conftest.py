@@ -72,8 +72,8 @@ class Saver(pl.Callback):
 def run():
     """Trains on a data module; returns the module with what its steps saw."""
 
-    def run(data, checkpoint=None, save=None, validate=False, **trainer):
-        module = Recorder()
+    def run(data, checkpoint=None, save=None, validate=False, module=None, **trainer):
+        module = module or Recorder()
         pl.Trainer(
             accelerator="cpu",
             logger=False,

@@ -53,6 +53,26 @@ def test_resumed_run_is_exact_under_accumulation_with_short_epochs_and_validatio
     assert before.seen + after.seen == whole.seen
 
 
+@few_workers
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_resumed_run_is_exact_if_the_module_asks_for_the_number_of_steps(run, recorder, tmp_path, num_workers):
+    class Asking(recorder):
+        def configure_optimizers(self):
+            self.steps = self.trainer.estimated_stepping_batches
+            return super().configure_optimizers()
+
+    whole = run(fake_images(0), module=Asking(), max_epochs=9, max_steps=14)
+    before = run(fake_images(num_workers), module=Asking(), max_epochs=9, max_steps=8, save=tmp_path / "saved.ckpt")
+    after = run(fake_images(num_workers), tmp_path / "saved.ckpt", module=Asking(), max_epochs=9, max_steps=14)
+    assert before.seen + after.seen == whole.seen
+
+
+def test_number_of_training_batches_is_that_of_the_loader(run):
+    data = Digits(batch_size=100)
+    run(data, max_steps=1, accumulate_grad_batches=2)
+    assert data.num_train_batches == len(data.train_dataloader()) == 1294 // 50
+
+
 def test_epochs_differ_and_cover_whole_batches(run):
     module = run(Digits(batch_size=200), max_epochs=2)
     assert len(module.seen) == 2 * (1294 // 200)

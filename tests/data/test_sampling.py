@@ -35,13 +35,13 @@ def test_what_is_dropped_differs_between_epochs():
 
 def test_start_in_the_middle_yields_the_rest_once_and_keeps_the_length():
     whole = epochs(TrainingSampler(range(40), 4, seed=1), [3, 4])
-    sampler = TrainingSampler(range(40), 4, seed=1, start_epoch=3, start_batch=6)
+    sampler = TrainingSampler(range(40), 4, seed=1, start=lambda: (3, 6))
     assert len(sampler) == 40
     assert epochs(sampler, [3, 4]) == [whole[0][24:], whole[1]]
 
 
 def test_second_iteration_without_set_epoch_is_whole():
-    sampler = TrainingSampler(range(8), 4, start_batch=1)
+    sampler = TrainingSampler(range(8), 4, start=lambda: (0, 1))
     assert [len(list(sampler)), len(list(sampler))] == [4, 8]
 
 

@@ -32,7 +32,7 @@ def test_output_and_gradients_equal_those_of_timm(tokens):
     theirs, ours = twins()
     x = torch.randn(3, tokens, 24)
     for a, b in zip(output_and_gradients(theirs, x), output_and_gradients(ours, x), strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6 * float(a.abs().max().clamp(min=1)))
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=3e-6 * float(a.abs().max().clamp(min=1)))
 
 
 def test_products_are_really_used_up_to_their_longest_sequence():

@@ -1,0 +1,138 @@
+"""Observing changes nothing: a run with a callback is bitwise the run without it."""
+
+import random
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from masklr.callbacks import (
+    Probe,
+    Reconstructions,
+    RepresentationSpectrum,
+    StepProgress,
+    StepTiming,
+    WeightSpectrum,
+)
+
+# Lightning's remark on the frozen batch norm.
+pytestmark = pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode at the start of training")
+
+OBSERVERS = {
+    "WeightSpectrum": lambda: WeightSpectrum(every_n_steps=3),
+    "RepresentationSpectrum": lambda: RepresentationSpectrum(["network.4", "network.8"], pool="tokens"),
+    "Probe": lambda: Probe(["network.4"]),
+    "Probe of a part of the split": lambda: Probe(max_train_samples=100),
+    "Reconstructions": lambda: Reconstructions(),
+    "StepTiming": lambda: StepTiming(),
+    "StepProgress": lambda: StepProgress(every_seconds=1e-9),
+}
+
+
+class Disturbing(pl.Callback):
+    """What an observer must not do, each kind once."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def on_validation_batch_end(self, trainer, module, *_):
+        if self.kind == "torch":
+            torch.rand(1)
+        elif self.kind == "numpy":
+            np.random.rand()  # noqa: NPY002
+        elif self.kind == "python":
+            random.random()
+        elif self.kind == "statistics":
+            module.network[1].train()
+            with torch.no_grad():
+                module(torch.rand(8, 1, 8, 8))
+
+
+def run(make_classifier, make_trainer, plain_loaders, folder, callbacks):
+    """20 steps with four validations, and what is left afterwards."""
+    module = make_classifier()
+    module.reconstruct = lambda images: (images / 2, (images + 0.1 * module(images).mean()).clamp(0, 1))
+    module.network[5].eval()  # a frozen batch norm, as a user has one
+    module.network[3].train()
+    flags = []
+
+    class Flags(pl.Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            flags.append([part.training for part in module.modules()])
+
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
+    trainer = make_trainer(
+        folder, max_steps=20, val_check_interval=5, num_sanity_val_steps=-1, callbacks=[*callbacks, Flags()]
+    )
+    trainer.fit(module, *plain_loaders())
+    # Batch norm's running statistics are in the state; flags and generators as the run left them.
+    return {
+        "state": {key: value.clone() for key, value in module.state_dict().items()},
+        "gradients": {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None},
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1:3],  # noqa: NPY002
+        "python": random.getstate(),
+        "flags": flags,
+        "flags at the end": [part.training for part in module.modules()],
+    }
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, tuple) and isinstance(a[0], np.ndarray):
+        return np.array_equal(a[0], b[0]) and a[1] == b[1]
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def run_with(make_classifier, make_trainer, plain_loaders, tmp_path_factory):
+    def run_with(*callbacks):
+        return run(make_classifier, make_trainer, plain_loaders, tmp_path_factory.mktemp("run"), list(callbacks))
+
+    return run_with
+
+
+@pytest.fixture(scope="module")
+def alone(run_with):
+    return run_with()
+
+
+@pytest.mark.parametrize("make", OBSERVERS.values(), ids=OBSERVERS)
+def test_run_with_an_observer_is_bitwise_the_run_without_it(run_with, alone, make):
+    observed = run_with(make())
+    assert {key for key in alone if not same(alone[key], observed[key])} == set()
+
+
+def test_run_with_all_observers_is_bitwise_the_run_without_them(run_with, alone):
+    makes = [make for name, make in OBSERVERS.items() if "part" not in name]
+    observed = run_with(*(make() for make in makes))
+    assert {key for key in alone if not same(alone[key], observed[key])} == set()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sees"),
+    [
+        ("torch", {"torch", "state"}),
+        ("numpy", {"numpy"}),
+        ("python", {"python"}),
+        ("statistics", {"state"}),
+    ],
+)
+def test_the_comparison_sees_what_a_careless_callback_changes(run_with, alone, kind, sees):
+    disturbed = run_with(Disturbing(kind))
+    assert sees <= {key for key in alone if not same(alone[key], disturbed[key])}
+
+
+def test_the_run_that_is_observed_trains_with_flags_mixed_and_generators_used(alone, make_classifier):
+    assert len(alone["flags"]) == 20
+    assert alone["flags"][0] == alone["flags"][-1]
+    assert len(set(alone["flags"][0])) == 2
+    start = make_classifier().state_dict()
+    assert not torch.equal(alone["state"]["network.0.weight"], start["network.0.weight"])
+    assert torch.equal(alone["state"]["network.5.running_mean"], start["network.5.running_mean"])

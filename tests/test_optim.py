@@ -1,0 +1,157 @@
+import math
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
+
+from masklr.optim import Optim, parameter_groups
+
+
+class Rates(pl.Callback):
+    """The learning rates with which each optimizer step was taken."""
+
+    def __init__(self):
+        self.rates, self.stepped = [], []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+        self.stepped.append(trainer.global_step)
+
+
+class Line(pl.LightningModule):
+    def __init__(self, optim):
+        super().__init__()
+        self.layer, self.optim = nn.Linear(2, 1), optim
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return self.optim.configure(self, self.trainer)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield (torch.ones(2),)
+
+
+def rates_of(make_trainer, folder, optim, data, **options):
+    rates = Rates()
+    options = {"logger": False, **options}
+    make_trainer(folder, callbacks=[rates], **options).fit(Line(optim), data)
+    assert all(len(set(groups)) == 1 for groups in rates.rates)
+    return [groups[0] for groups in rates.rates]
+
+
+def loader(size=40, batch_size=8):
+    return DataLoader(TensorDataset(torch.ones(size, 2)), batch_size)
+
+
+def expected(step, total, warmup, peak, floor=0.0):
+    """Linear warm-up that ends on the peak, then half a cosine."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2)
+
+
+def test_rate_follows_warm_up_and_cosine_by_step_over_epochs(make_trainer, tmp_path):
+    optim = Optim(base_lr=0.1, warmup=0.25, min_lr_ratio=0.1)
+    rates = rates_of(make_trainer, tmp_path, optim, loader(), max_epochs=4)
+    assert rates == pytest.approx([expected(s, 20, 5, 0.1 * 8 / 256, 0.1) for s in range(20)])
+    assert max(rates) == rates[4] == pytest.approx(0.1 * 8 / 256)
+
+
+def test_a_warm_up_of_one_or_more_is_a_number_of_steps(make_trainer, tmp_path):
+    rates = rates_of(make_trainer, tmp_path, Optim(base_lr=0.1, warmup=3), loader(), max_steps=9)
+    assert rates == pytest.approx([expected(s, 9, 3, 0.1 * 8 / 256) for s in range(9)])
+
+
+def test_rate_is_scaled_by_the_global_batch_and_counts_accumulated_batches_once(make_trainer, tmp_path):
+    optim = Optim(base_lr=0.1, warmup=0.0)
+    for options, total in (({"max_epochs": 4}, 12), ({"max_steps": 7}, 7)):  # 5 batches an epoch: 2 + 2 + 1
+        rates = rates_of(make_trainer, tmp_path, optim, loader(), accumulate_grad_batches=2, **options)
+        assert rates == pytest.approx([expected(s, total, 0, 0.1 * 16 / 256) for s in range(total)])
+
+
+def test_stream_without_length_follows_max_steps(make_trainer, tmp_path):
+    rates = rates_of(make_trainer, tmp_path, Optim(base_lr=0.1, warmup=2), DataLoader(Stream(), 4), max_steps=6)
+    assert rates == pytest.approx([expected(s, 6, 2, 0.1 * 4 / 256) for s in range(6)])
+
+
+def test_stream_without_end_may_have_a_constant_rate(make_trainer, tmp_path):
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 4
+
+    rates = Rates()
+    optim = Optim(base_lr=0.1, warmup=2, schedule="constant")
+    trainer = make_trainer(tmp_path, callbacks=[rates, Stop()], logger=False, max_epochs=-1)
+    trainer.fit(Line(optim), DataLoader(Stream(), 4))
+    peak = 0.1 * 4 / 256
+    assert [groups[0] for groups in rates.rates] == pytest.approx([peak / 2, peak, peak, peak])
+
+
+@pytest.mark.parametrize("optim", [Optim(), Optim(schedule="constant", warmup=0.1)])
+def test_stream_without_end_cannot_have_a_schedule_that_needs_one(make_trainer, tmp_path, optim):
+    with pytest.raises(ValueError, match="Expected `max_steps` or `max_epochs`"):
+        rates_of(make_trainer, tmp_path, optim, DataLoader(Stream(), 4), max_epochs=-1)
+
+
+def test_batch_size_is_found_behind_a_batch_sampler_and_missing_raises(make_trainer, tmp_path):
+    data = TensorDataset(torch.ones(40, 2))
+    sampled = DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 8, drop_last=False))
+    rates = rates_of(make_trainer, tmp_path, Optim(base_lr=0.1, warmup=0.0), sampled, max_steps=2)
+    assert rates[0] == pytest.approx(0.1 * 8 / 256)
+    whole = DataLoader([(torch.ones(8, 2),)] * 3, batch_size=None)
+    with pytest.raises(ValueError, match="`batch_size`"):
+        rates_of(make_trainer, tmp_path, Optim(base_lr=0.1, warmup=0.0), whole, max_steps=2)
+
+
+def test_matrices_are_decayed_and_biases_norms_tokens_and_named_exceptions_are_not(make_mae):
+    model = make_mae(encoder_args={"reg_tokens": 1})
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, exempt = ({names[id(p)] for p in group} for group in parameter_groups(model))
+    assert decayed | exempt == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not decayed & exempt
+    linears = (nn.Linear, nn.Conv2d)
+    assert decayed == {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, linears)}
+    assert {"mask_token", "encoder.cls_token", "encoder.reg_token"} <= exempt
+    assert "encoder.pos_embed" not in decayed | exempt  # fixed
+
+
+def test_a_learned_position_that_the_encoder_exempts_is_not_decayed(make_mae):
+    model = make_mae()
+    model.encoder.pos_embed.requires_grad_(True)
+    _, exempt = parameter_groups(nn.ModuleDict({"inner": model}))
+    assert any(p is model.encoder.pos_embed for p in exempt)
+
+
+def test_decay_reaches_the_optimizer(make_trainer, tmp_path):
+    module = Line(Optim(weight_decay=0.3, betas=(0.8, 0.9)))
+    trainer = make_trainer(tmp_path, logger=False, max_steps=1)
+    trainer.fit(module, loader())
+    optimizer = trainer.optimizers[0]
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [(len(g["params"]), g["weight_decay"], g["betas"]) for g in optimizer.param_groups] == [
+        (1, 0.3, (0.8, 0.9)),
+        (1, 0.0, (0.8, 0.9)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"base_lr": 0.0},
+        {"base_lr": math.nan},
+        {"weight_decay": -0.1},
+        {"warmup": -1.0},
+        {"min_lr_ratio": 1.5},
+        {"betas": (0.9, 1.0)},
+    ],
+)
+def test_values_outside_their_range_raise(options):
+    with pytest.raises(ValueError, match=f"Expected `{next(iter(options))}`"):
+        Optim(**options)

@@ -1,0 +1,64 @@
+from masklr.summary import series, summary
+
+HEADER = "step,val/loss,val/loss_of_patch_means,probe/encoder.norm/accuracy,probe/pixels/accuracy,probe/mean/accuracy,"
+HEADER += "representation/norm/effective_rank,representation/norm/effective_rank_null,weight/mean/effective_rank,"
+HEADER += "cost/probe/share,cost/weight_spectrum/share,train/loss\n"
+
+
+def write(folder, *rows, header=HEADER):
+    (folder / "metrics.csv").write_text(header + "".join(f"{row}\n" for row in rows))
+
+
+def line(text, label):
+    found = [row for row in text.splitlines() if row.startswith(label)]
+    assert len(found) == 1, f"{label} is in {len(found)} lines"
+    return found[0]
+
+
+def test_series_are_sorted_by_step_and_leave_gaps_out(tmp_path):
+    write(tmp_path, "20,0.5,", "0,1.5,3.0", "10,,2.0", header="step,a,b\n")
+    assert series(tmp_path) == {"a": [(0, 1.5), (20, 0.5)], "b": [(0, 3.0), (10, 2.0)]}
+
+
+def test_a_folder_without_metrics_has_no_series_and_a_summary_of_its_place(tmp_path):
+    assert series(tmp_path) == {}
+    assert summary(tmp_path).splitlines()[-1] == f"run: {tmp_path}"
+
+
+def test_summary_shows_first_and_last_values_with_what_they_compare_to(tmp_path):
+    write(
+        tmp_path,
+        "0,2.25,0.75,81.94,93.06,81.94,26.04,58.2,70.0,0.5,0.2,",
+        "500,1.5,0.75,90.0,,90.0,40.0,58.2,60.0,0.2,0.1,1.1",
+        "1000,0.125,0.75,98.61,,98.61,59.96,58.2,55.5,0.04,0.02,0.1",
+    )
+    picture = tmp_path / "pictures" / "reconstructions" / "step=00001000.png"
+    picture.parent.mkdir(parents=True)
+    picture.touch()
+    picture.with_name("step=00000500.png").touch()
+    text = summary(tmp_path)
+    assert "step 0 and step 1,000" in text.splitlines()[1]
+    assert line(text, "validation loss").split()[2:] == "2.250 0.125 predicting each patch's mean: 0.750".split()
+    probe = line(text, "ridge probe on encoder.norm, accuracy %")
+    assert probe.split()[-5:] == ["81.9", "98.6", "raw", "pixels:", "93.1"]
+    rank = line(text, "effective rank of norm")
+    assert rank.split()[4:6] == ["26.0", "60.0"]
+    assert rank.endswith("58.2")
+    assert line(text, "effective rank of weights, mean").split()[-2:] == ["70.0", "55.5"]
+    assert line(text, "measuring, share of the run").split()[-1] == "6.0%"
+    assert line(text, "picture:") == f"picture: {picture}"
+    assert line(text, "run:") == f"run: {tmp_path}"
+    assert "probe on pixels" not in text
+    assert "probe on mean" not in text
+
+
+def test_summary_has_only_lines_that_the_run_has_values_for(tmp_path):
+    write(tmp_path, "5,0.4", "10,0.3", header="step,val/loss\n")
+    text = summary(tmp_path)
+    assert line(text, "validation loss").split()[2:] == ["0.400", "0.300"]
+    assert not any(word in text for word in ("probe", "rank", "measuring", "picture:", "patch's mean"))
+
+
+def test_a_value_measured_once_after_the_start_is_an_end_not_a_start(tmp_path):
+    write(tmp_path, "10,0.3", header="step,val/loss\n")
+    assert line(summary(tmp_path), "validation loss").split()[2:] == ["0.300"]
