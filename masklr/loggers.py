@@ -7,10 +7,10 @@ from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
 
 def new_run_folder(runs: Path, name: str, command: str) -> Path:
-    """Make and return `runs/name/version_N` (`runs/name/command_N` for commands other than fit), N the first free number.
+    """Make and return `runs/name/version_N`, N the first free number; `command_N` for commands other than fit.
 
-    Making the folder is what takes the number, so two runs that start together never share one. Further processes of a run
-    take the folder of the first from the environment.
+    Making the folder is what takes the number, so two runs that start together never share one. Further processes of
+    a run take the folder of the first from the environment.
 
     Raises:
         ValueError: The folder cannot be made.

@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 
@@ -17,8 +18,8 @@ class Optim:
     `no_weight_decay()`) are not decayed.
 
     Args:
-        base_lr: Learning rate for 256 images a step; the peak is base_lr * global batch / 256, where the global batch counts
-            all processes and accumulated batches.
+        base_lr: Learning rate for 256 images a step; the peak is base_lr * global batch / 256, where the global batch
+            counts all processes and accumulated batches.
         weight_decay: Decoupled weight decay, 0 or more.
         betas: Decay rates of AdamW's moment estimates, each in [0, 1).
         warmup: Linear warm-up: a number of steps if 1 or more, otherwise the share of all steps.
@@ -29,8 +30,8 @@ class Optim:
         ValueError: A value outside its range.
 
     Reference:
-        Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019; Goyal et al., "Accurate, large minibatch
-        SGD", 2017 (linear scaling).
+        Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019; Goyal et al., "Accurate, large
+        minibatch SGD", 2017 (linear scaling).
     """
 
     base_lr: float = 1.5e-4
@@ -71,8 +72,8 @@ class Optim:
         progress = min(1.0, (step - warmup) / max(1.0, total_steps - warmup))
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def configure(self, module: nn.Module, trainer: pl.Trainer) -> dict:
-        """What `configure_optimizers` returns: AdamW on decayed and not decayed parameters, and its schedule by step."""
+    def configure(self, module: nn.Module, trainer: pl.Trainer) -> OptimizerLRSchedulerConfig:
+        """What `configure_optimizers` returns: AdamW on decayed and not decayed parameters, scheduled by step."""
         total_steps = planned_steps(trainer)
         if math.isinf(total_steps) and (self.schedule == "cosine" or 0 < self.warmup < 1):
             raise ValueError(
@@ -96,7 +97,8 @@ def parameter_groups(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     for prefix, part in module.named_modules():
         if callable(named := getattr(part, "no_weight_decay", None)):
             exempt |= {f"{prefix}.{name}" if prefix else name for name in named()}
-    decayed, not_decayed = [], []
+    decayed: list[Tensor] = []
+    not_decayed: list[Tensor] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             token = name.rpartition(".")[2].endswith("_token")
@@ -108,8 +110,8 @@ def parameter_groups(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 def planned_steps(trainer: pl.Trainer) -> float:
     """Optimizer steps of the whole run; infinite if it has no end.
 
-    Lightning's own estimate makes the training loader before a checkpoint is restored, too early for a loader that starts
-    where the run stood; masklr's data modules state the number of batches instead.
+    Lightning's own estimate makes the training loader before a checkpoint is restored, too early for a loader that
+    starts where the run stood; masklr's data modules state the number of batches instead.
     """
     by_steps = trainer.max_steps if trainer.max_steps > 0 else math.inf
     if trainer.max_epochs is None or trainer.max_epochs < 0:

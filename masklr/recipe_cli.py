@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from pytorch_lightning.loggers import WandbLogger
 
 import masklr.callbacks
 import masklr.data
@@ -43,7 +43,7 @@ class RecipeCLI(LightningCLI):
 
     def __init__(self, arguments: list[str]) -> None:
         self._command = arguments[0]
-        self.run_folder: Path | None = None
+        self.run_folder: Path
         super().__init__(
             pl.LightningModule,
             pl.LightningDataModule,
@@ -162,6 +162,6 @@ def _quiet() -> None:
 
 
 def _finish_wandb(exit_code: int) -> None:
-    """wandb writes until it is told that the run is over."""
+    """Wandb writes until it is told that the run is over."""
     if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
         wandb.finish(exit_code=exit_code)

@@ -2,8 +2,8 @@
 
     pip install 'masklr[bench]' && python scripts/bench_mae.py
 
-Both sides run in one process, alternating, on the same images, with the same optimizer; the medians and the median of the
-step-by-step ratios are printed. Exits with 1 if masklr is slower in float32 or in bf16.
+Both sides run in one process, alternating, on the same images, with the same optimizer; the medians and the median of
+the step-by-step ratios are printed. Exits with 1 if masklr is slower in float32 or in bf16.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from masklr.models import MaskedAutoencoder
 
 
 def masklr_model(width: int, depth: int, heads: int, decoder_depth: int, image: int, patch: int) -> nn.Module:
-    """masklr's side."""
+    """Masklr's side."""
     return MaskedAutoencoder(
         image_size=image,
         patch_size=patch,
@@ -87,7 +87,8 @@ def main() -> int:
     sizes = {"width": 192, "depth": 12, "heads": 3, "decoder_depth": 4, "image": 32, "patch": 4}
     device = torch.device(options.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{sizes}, batch {options.batch}, {options.steps} steps; {name}, {platform.machine()}, torch {torch.__version__}")
+    print(f"{sizes}, batch {options.batch}, {options.steps} steps")
+    print(f"{name}, {platform.machine()}, torch {torch.__version__}")
     print(f"{'':10}{'masklr, s':>12}{'transformers, s':>18}{'times faster':>14}{'images/s':>12}")
     slower = False
     for precision in ("float32", "bfloat16"):

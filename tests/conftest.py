@@ -27,6 +27,10 @@ def pytest_configure(config):
         "ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning",
         # Sets in memory need no worker processes.
         "ignore:The '.*_dataloader' does not have many workers which may be a bottleneck",
+        # Measurements at steps that no logger logs at are what is tested.
+        "ignore:The number of training batches .* is smaller than the logging interval",
+        # Dynamo, of an input that is no leaf: it looks at its gradient and hides the warning only if it is not an error.
+        "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
     ):
         config.addinivalue_line("filterwarnings", line)
 

@@ -67,7 +67,13 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_run_keeps_everything_in_its_own_folder(run_folder: Path) -> None:
-    assert {path.name for path in run_folder.iterdir()} >= {"config.yaml", "metrics.csv", "spectra", "pictures", "checkpoints"}
+    assert {path.name for path in run_folder.iterdir()} >= {
+        "config.yaml",
+        "metrics.csv",
+        "spectra",
+        "pictures",
+        "checkpoints",
+    }
     assert (run_folder / "spectra" / "weight_spectrum" / "step=00000000.npz").exists()
     assert (run_folder / "spectra" / "weight_spectrum" / "step=00000008.npz").exists()
     assert (run_folder / "pictures" / "reconstructions" / "step=00000008.png").exists()
@@ -265,7 +271,9 @@ def test_run_folder_without_write_permission_is_one_sentence(tmp_path: Path) -> 
         for parent in tmp_path.parents:
             if not os.access(parent, os.X_OK) or parent.stat().st_mode & 0o001 == 0:
                 pytest.skip(f"{parent} cannot be entered by another user, and root may write anywhere")
-        if subprocess.run([sys.executable, "-c", "import masklr"], check=False, capture_output=True, **as_nobody).returncode:
+        if subprocess.run(
+            [sys.executable, "-c", "import masklr"], check=False, capture_output=True, **as_nobody
+        ).returncode:
             pytest.skip("another user cannot run this Python, and root may write anywhere")
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, **as_nobody)
     assert "Cannot make a run folder" in done.stderr

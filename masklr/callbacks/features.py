@@ -129,7 +129,9 @@ def features(
     if not layers:
         return {OUTPUT: pooled(output, pool, OUTPUT)}
     if silent := [name for name in layers if name not in found]:
-        raise ValueError(f"Layer {silent[0]!r} did not run in `forward` of {type(pl_module).__name__}: nothing to measure.")
+        raise ValueError(
+            f"Layer {silent[0]!r} did not run in `forward` of {type(pl_module).__name__}: nothing to measure."
+        )
     if repeated:
         raise ValueError(f"Layer {repeated[0]!r} runs more than once in `forward`: name its parts or another layer.")
     return {name: found[name] for name in layers}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 
@@ -19,18 +19,20 @@ PIXELS = "pixels"
 class Probe(pl.Callback):
     """Ridge classifier on frozen features at every validation: fitted on the training split, accuracy on validation.
 
-    The fit is in closed form on streamed moments; the penalty is chosen by cross-validation within the training split. Logs
-    `probe/{layer}/accuracy` in percent and, once, `probe/pixels/accuracy`, the same classifier on raw pixels.
+    The fit is in closed form on streamed moments; the penalty is chosen by cross-validation within the training
+    split. Logs `probe/{layer}/accuracy` in percent and, once, `probe/pixels/accuracy`, the same classifier on raw
+    pixels.
 
-    Training images come from the data module's `unaugmented_train_dataloader()` where it has one, else from the set behind the
-    training loader.
+    Training images come from the data module's `unaugmented_train_dataloader()` where it has one, else from the set
+    behind the training loader.
 
     Args:
-        layers: Patterns of layers below `module`, such as `norm`; none probes what `forward` returns, under the name `output`.
+        layers: Patterns of layers below `module`, such as `norm`; none probes what `forward` returns, under the name
+            `output`.
         module: Dotted path below which layers are named.
         pool: How tokens or feature maps become features: their `mean`, the `first` token, or all `tokens`.
-        max_train_samples: Training images to fit on, evenly spaced over the split (the first ones of a stream); None takes
-            all.
+        max_train_samples: Training images to fit on, evenly spaced over the split (the first ones of a stream); None
+            takes all.
         pixels: Whether to probe raw pixels too, at the first validation; they must have at most 4,096 values an image.
         inputs: Where a batch has its images: an index or a key.
         labels: Where a batch has its class indices.
@@ -116,13 +118,15 @@ class Probe(pl.Callback):
         found = features(pl_module, named_layers(pl_module, self.module, self.layers), images, self.pool)
         if self._pixels_due:
             if (size := images[0].numel()) > 4096:
-                raise ValueError(f"Expected images of at most 4,096 values for `pixels`, got {size}; set `pixels: false`.")
+                raise ValueError(
+                    f"Expected images of at most 4,096 values for `pixels`, got {size}; set `pixels: false`."
+                )
             found[PIXELS] = images.flatten(1).float()
         return found
 
     def _train_batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[tuple[Any, Tensor]]:
         """Batches of the training split on the module's device, with each sample's position among those taken."""
-        if (make := getattr(trainer.datamodule, "unaugmented_train_dataloader", None)) is not None:
+        if (make := getattr(getattr(trainer, "datamodule", None), "unaugmented_train_dataloader", None)) is not None:
             loader = make()
         else:
             # The trainer shows its training loader only once training has begun, after the measurement at step 0.
@@ -144,7 +148,7 @@ class Probe(pl.Callback):
                 return
 
     def _evenly_spaced(self, loader: DataLoader, rank: int, world: int) -> DataLoader:
-        """A loader over evenly spaced samples of the set behind a loader: a set sorted by class still shows all classes."""
+        """Evenly spaced samples of the set behind a loader: a set sorted by class still shows all classes."""
         size = len(loader.dataset)  # type: ignore[arg-type]
         count = size if self.max_train_samples is None else min(size, self.max_train_samples)
         indices = [i * size // count for i in range(rank, count, world)]

@@ -13,8 +13,9 @@ from masklr.callbacks.recording import Recording, first_validation_counts
 class Reconstructions(pl.Callback):
     """At every validation, a picture: original, visible part and reconstruction of the first validation images.
 
-    Writes `pictures/reconstructions/step=00000100.png` and shows it in the loggers that show pictures. The LightningModule must
-    have `reconstruct(images) -> (visible, reconstruction)`, all (B, C, H, W) with values in [0, 1].
+    Writes `pictures/reconstructions/step=00000100.png` and shows it in the loggers that show pictures. The
+    LightningModule must have `reconstruct(images) -> (visible, reconstruction)`, all (B, C, H, W) with values in [0,
+    1].
 
     Args:
         num_images: Images in the picture, at least 1; no more than the first validation batch has.
@@ -32,7 +33,9 @@ class Reconstructions(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that there is something to draw."""
         if not callable(getattr(pl_module, "reconstruct", None)):
-            raise ValueError(f"Expected a LightningModule with `reconstruct(images)`, got a {type(pl_module).__name__}.")
+            raise ValueError(
+                f"Expected a LightningModule with `reconstruct(images)`, got a {type(pl_module).__name__}."
+            )
         self._recording = Recording(trainer, "reconstructions")
 
     def on_validation_batch_end(
@@ -50,7 +53,7 @@ class Reconstructions(pl.Callback):
         step = trainer.global_step
         with self._recording.measurement(), evaluation(trainer, pl_module):
             images = element(batch, self.inputs, "inputs")[: self.num_images]
-            visible, reconstruction = pl_module.reconstruct(images)
+            visible, reconstruction = pl_module.reconstruct(images)  # type: ignore[operator]
             original = images / 255 if images.dtype == torch.uint8 else images
             self._recording.picture(
                 step, figure_of({"original": original, "visible": visible, "reconstruction": reconstruction}, step)

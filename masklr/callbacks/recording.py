@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Recording:
     """Records what one callback measures. Every process makes one, in `setup`; rank 0 writes.
 
-    Besides what it is given, it logs `cost/{name}/seconds`, the time of the measurement, and `cost/{name}/share`, the share
-    of the run so far that went into this callback's measurements.
+    Besides what it is given, it logs `cost/{name}/seconds`, the time of the measurement, and `cost/{name}/share`, the
+    share of the run so far that went into this callback's measurements.
 
     Args:
         trainer: The trainer of the run.
@@ -71,16 +71,16 @@ class Recording:
         """Write `spectra/{name}/step=00000100.npz`, one array of singular values a matrix."""
         if not self.trainer.is_global_zero:
             return
-        arrays = {key: sigma.detach().cpu().numpy() for key, sigma in spectra.items()}
-        with written_whole(self.folder / "spectra" / self.name / f"step={step:08d}.npz") as path:
-            # Opened here: numpy adds its own ending to a path.
-            with path.open("wb") as file:
-                np.savez(file, **arrays)
+        arrays: dict[str, Any] = {key: sigma.detach().cpu().numpy() for key, sigma in spectra.items()}
+        target = self.folder / "spectra" / self.name / f"step={step:08d}.npz"
+        # Opened here: numpy adds its own ending to a path.
+        with written_whole(target) as path, path.open("wb") as file:
+            np.savez(file, **arrays)
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
                 import wandb
 
-                histograms = {
+                histograms: dict[str, Any] = {
                     f"spectra/{self.name}/{key}": wandb.Histogram(np.log10(positive))
                     for key, array in arrays.items()
                     if len(positive := array[array > 0])
@@ -97,10 +97,10 @@ class Recording:
             if isinstance(logger, WandbLogger):
                 import wandb
 
-                picture = wandb.Image(str(self.folder / "pictures" / self.name / f"step={step:08d}.png"))
+                picture: Any = wandb.Image(str(self.folder / "pictures" / self.name / f"step={step:08d}.png"))
                 logger.log_metrics({f"pictures/{self.name}": picture}, step=step)
-            elif hasattr(experiment := getattr(logger, "experiment", None), "add_figure"):
-                experiment.add_figure(f"pictures/{self.name}", figure, global_step=step)
+            elif (add_figure := getattr(getattr(logger, "experiment", None), "add_figure", None)) is not None:
+                add_figure(f"pictures/{self.name}", figure, global_step=step)
 
 
 def run_folder(trainer: pl.Trainer) -> Path:

@@ -15,14 +15,15 @@ from masklr.spectra import check_measures, effective_rank, measures, null_singul
 class RepresentationSpectrum(pl.Callback):
     """Measure the singular values of features over the whole validation split, at every validation.
 
-    Logs `representation/{layer}/{measure}`, `representation/{layer}/effective_rank_null` (Gaussian features of that count and
-    width) and the means over layers under `representation/mean/`; writes `spectra/representation_spectrum/step=00000100.npz`.
-    Features are centered. Their second moments are summed in float64 over all processes: memory does not grow with the number
-    of images. With `num_sanity_val_steps: -1` the initialization is measured too, as step 0.
+    Logs `representation/{layer}/{measure}`, `representation/{layer}/effective_rank_null` (Gaussian features of that
+    count and width) and the means over layers under `representation/mean/`; writes
+    `spectra/representation_spectrum/step=00000100.npz`. Features are centered. Their second moments are summed in
+    float64 over all processes: memory does not grow with the number of images. With `num_sanity_val_steps: -1` the
+    initialization is measured too, as step 0.
 
     Args:
-        layers: Patterns of layers below `module`, such as `blocks.*` (`*` does not cross a dot, `**` does); none measures what `forward` returns,
-            under the name `output`.
+        layers: Patterns of layers below `module`, such as `blocks.*` (`*` does not cross a dot, `**` does); none
+            measures what `forward` returns, under the name `output`.
         module: Dotted path below which layers are named.
         pool: How tokens or feature maps become features: their `mean`, the `first` token, or all `tokens` as samples.
         measures: Names of functions in `masklr.spectra`.

@@ -14,8 +14,8 @@ from masklr.callbacks.recording import first_validation_counts
 class StepProgress(ProgressBar):
     """One bar for the whole run, by optimizer step: short epochs do not each draw a bar of their own.
 
-    Drawn anew every second on a terminal, and as a line every ten seconds elsewhere. Reading the loss for display waits for
-    the device, so nothing is read in between.
+    Drawn anew every second on a terminal, and as a line every ten seconds elsewhere. Reading the loss for display
+    waits for the device, so nothing is read in between.
 
     Args:
         every_seconds: Seconds between two drawings; None takes 1 on a terminal and 10 elsewhere.
@@ -111,4 +111,9 @@ class StepProgress(ProgressBar):
 
     def _draw(self, text: str) -> None:
         self._drawn = time.perf_counter()
-        print(f"\r{text:<100}" if self._terminal else text, end="" if self._terminal else "\n", file=sys.stderr, flush=True)
+        print(
+            f"\r{text:<100}" if self._terminal else text,
+            end="" if self._terminal else "\n",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -11,8 +11,9 @@ import torch
 class StepSeed(pl.Callback):
     """Seed the generators before every training batch from (seed, number of the batch, rank).
 
-    Whatever a step draws (masks, dropout, augmentation) is then the same in a run that was interrupted and resumed, with no
-    generator state to save. The number counts batches, not optimizer steps, which stand still while gradients accumulate.
+    Whatever a step draws (masks, dropout, augmentation) is then the same in a run that was interrupted and resumed,
+    with no generator state to save. The number counts batches, not optimizer steps, which stand still while gradients
+    accumulate.
 
     Args:
         seed: The run's seed; None takes the one that `seed_everything` was given, or 0.

@@ -1,6 +1,7 @@
 """Where the time of a run goes."""
 
 import time
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.profilers import PassThroughProfiler, Profiler
@@ -9,16 +10,18 @@ from pytorch_lightning.profilers import PassThroughProfiler, Profiler
 class StepTiming(pl.Callback):
     """Log how fast training goes and how much of it is waiting for data.
 
-    Logs with the trainer's `log_every_n_steps`: `time/data_share`, the share of the training loop's time (validation and
-    measurements left out) spent waiting for the next batch; `time/batches_per_second`, of one process. Nothing is logged if
-    the trainer has a profiler of its own, which shows the same.
+    Logs with the trainer's `log_every_n_steps`: `time/data_share`, the share of the training loop's time (validation
+    and measurements left out) spent waiting for the next batch; `time/batches_per_second`, of one process. Nothing is
+    logged if the trainer has a profiler of its own, which shows the same.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Listen where Lightning tells its profiler that it fetches a batch."""
-        if type(trainer.profiler) is PassThroughProfiler:
-            trainer.profiler = _FetchClock()
-        self._clock = trainer.profiler if isinstance(trainer.profiler, _FetchClock) else None
+        attributes: Any = trainer  # Lightning sets its profiler without declaring it
+        if type(attributes.profiler) is PassThroughProfiler:
+            attributes.profiler = _FetchClock()
+        self._clock = attributes.profiler if isinstance(attributes.profiler, _FetchClock) else None
+        self._every_n_steps: int = attributes.log_every_n_steps
         self._restart()
 
     def _restart(self) -> None:
@@ -39,7 +42,7 @@ class StepTiming(pl.Callback):
             return
         self._step_seconds += time.perf_counter() - self._batch_began
         self._batches += 1
-        if trainer.global_step % trainer.log_every_n_steps or self._batches < 2:
+        if trainer.global_step % self._every_n_steps or self._batches < 2:
             return
         seconds = self._step_seconds + self._fetch_seconds
         values = {"time/data_share": self._fetch_seconds / seconds, "time/batches_per_second": self._batches / seconds}

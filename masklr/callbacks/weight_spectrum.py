@@ -14,14 +14,15 @@ from masklr.spectra import check_measures, effective_rank, measures, null_singul
 class WeightSpectrum(pl.Callback):
     """Measure the singular values of weight matrices, from initialization (step 0) to the end.
 
-    Logs `weight/{matrix}/{measure}`, `weight/{matrix}/effective_rank_null` (a Gaussian matrix of that shape) and the means over
-    matrices under `weight/mean/`; writes `spectra/weight_spectrum/step=00000100.npz`. Linear layers, convolutions (flattened
-    to output channels x the rest) and the query, key and value parts of fused projections are measured.
+    Logs `weight/{matrix}/{measure}`, `weight/{matrix}/effective_rank_null` (a Gaussian matrix of that shape) and the
+    means over matrices under `weight/mean/`; writes `spectra/weight_spectrum/step=00000100.npz`. Linear layers,
+    convolutions (flattened to output channels x the rest) and the query, key and value parts of fused projections are
+    measured.
 
     Args:
         module: Dotted path of the measured part of the LightningModule; all of it if empty. Names begin below it.
-        include: Patterns of matrices to measure, such as `blocks.*.mlp.fc1` (`*` does not cross a dot, `**` does); all if
-            None.
+        include: Patterns of matrices to measure, such as `blocks.*.mlp.fc1` (`*` does not cross a dot, `**` does);
+            all if None.
         exclude: Patterns of matrices to leave out.
         measures: Names of functions in `masklr.spectra`.
         every_n_steps: Optimizer steps between measurements.

@@ -1,7 +1,7 @@
 """Masked autoencoder around any timm vision transformer.
 
-Shape suffixes: B batch, C channels, H W pixels, N patches, V visible patches, M masked patches (V + M = N), P prefix tokens
-(class and registers), D encoder width, E decoder width, X pixels of a patch (C x patch height x patch width).
+Shape suffixes: B batch, C channels, H W pixels, N patches, V visible patches, M masked patches (V + M = N), P prefix
+tokens (class and registers), D encoder width, E decoder width, X pixels of a patch (C x patch height x patch width).
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from masklr.masks import num_masked, patch_split
+from masklr.masks import Strategy, num_masked, patch_split
 from masklr.names import did_you_mean
 
 Split = tuple[Tensor, Tensor]  # indices of visible patches (B, V), of masked patches (B, M)
@@ -29,12 +29,13 @@ class MAEOutput(NamedTuple):
 class MaskedAutoencoder(nn.Module):
     """Encode the visible patches, predict the masked ones.
 
-    Only visible patches are embedded and encoded. The decoder sees the encoded patches and one learned token for each masked
-    patch; the loss is the mean squared error over masked patches, computed in float32.
+    Only visible patches are embedded and encoded. The decoder sees the encoded patches and one learned token for each
+    masked patch; the loss is the mean squared error over masked patches, computed in float32.
 
     Args:
-        encoder: Name of a timm vision transformer, or an instance. A named one is initialized as in the paper, with fixed
-            sine-cosine positions; an instance, or one created with `pretrained: true`, keeps its weights and positions.
+        encoder: Name of a timm vision transformer, or an instance. A named one is initialized as in the paper, with
+            fixed sine-cosine positions; an instance, or one created with `pretrained: true`, keeps its weights and
+            positions.
         image_size: Height and width in pixels, one number if equal. None: the encoder's own.
         patch_size: Height and width of a patch in pixels, one number if equal. None: the encoder's own.
         in_chans: Number of image channels. None: the encoder's own.
@@ -53,6 +54,9 @@ class MaskedAutoencoder(nn.Module):
         He et al., "Masked autoencoders are scalable vision learners", CVPR 2022.
     """
 
+    encoder: Any  # a timm VisionTransformer; timm is imported when one is built
+    decoder_positions: Tensor
+
     def __init__(
         self,
         encoder: str | nn.Module = "vit_tiny_patch16_224",
@@ -63,7 +67,7 @@ class MaskedAutoencoder(nn.Module):
         decoder_dim: int = 512,
         decoder_depth: int = 8,
         decoder_heads: int = 16,
-        strategy: str = "random",
+        strategy: Strategy = "random",
         norm_pixels: bool = True,
         encoder_args: dict[str, Any] | None = None,
     ) -> None:
@@ -95,7 +99,7 @@ class MaskedAutoencoder(nn.Module):
 
         self.decoder_embed = nn.Linear(self.encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
-        positions = build_sincos2d_pos_embed(self.grid, decoder_dim).float()
+        positions = build_sincos2d_pos_embed(list(self.grid), decoder_dim).float()
         self.register_buffer("decoder_positions", positions.unsqueeze(0), persistent=False)
         self.decoder_blocks = nn.Sequential(
             *(Block(decoder_dim, decoder_heads, qkv_bias=True) for _ in range(decoder_depth))
@@ -110,7 +114,7 @@ class MaskedAutoencoder(nn.Module):
     def patchify(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N X"]:
         """Patches in rows, each in the order (channel, y, x), the order of the patch embedding's weights."""
         B, C, H, W = images.shape
-        if (C, H, W) != (self.in_chans, *self.image_size):
+        if (self.in_chans, *self.image_size) != (C, H, W):
             expected = f"{self.in_chans} x {self.image_size[0]} x {self.image_size[1]}"
             raise ValueError(f"Expected images of {expected} (channels x height x width), got {C} x {H} x {W}.")
         (h, w), (y, x) = self.grid, self.patch_size
@@ -138,7 +142,8 @@ class MaskedAutoencoder(nn.Module):
     def _encode_patches(self, patches_BVX: Tensor, visible_BV: Tensor) -> Tensor:
         vit = self.encoder
         embed = vit.patch_embed
-        # The embedding is a convolution with stride = kernel: a matrix product on raw patches, of the visible ones only.
+        # The embedding is a convolution with stride = kernel: a matrix product on raw patches, of the visible ones
+        # only.
         tokens_BVD = embed.norm(nn.functional.linear(patches_BVX, embed.proj.weight.flatten(1), embed.proj.bias))
         prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
         prefix_1PD = torch.cat(prefix, dim=1) if prefix else None
@@ -171,9 +176,7 @@ class MaskedAutoencoder(nn.Module):
         tokens = self.decoder_blocks(tokens)[:, -masked.shape[1] :]
         return self.decoder_head(self.decoder_norm(tokens))
 
-    def target(
-        self, images: Float[Tensor, "B C H W"], masked: Int[Tensor, "B M"]
-    ) -> Float[Tensor, "B M X"]:
+    def target(self, images: Float[Tensor, "B C H W"], masked: Int[Tensor, "B M"]) -> Float[Tensor, "B M X"]:
         """What `decode` should predict: masked patches, normalized by their own mean and deviation if `norm_pixels`."""
         patches = rows(self.patchify(images), masked).float()
         if self.norm_pixels:
@@ -203,8 +206,8 @@ class MaskedAutoencoder(nn.Module):
     def reconstruct(self, images: Float[Tensor, "B C H W"], split: Split) -> tuple[Tensor, Tensor]:
         """The images with masked patches set to zero, and with masked patches as predicted.
 
-        Patch-normalized predictions are put back on the scale of their patch, which only the original knows: the picture
-        shows the structure that was predicted, in true contrast.
+        Patch-normalized predictions are put back on the scale of their patch, which only the original knows: the
+        picture shows the structure that was predicted, in true contrast.
         """
         visible, masked = split
         prediction = self.decode(self.encode(images, visible), visible, masked).float()
@@ -248,7 +251,7 @@ def named_encoder(
     patch_size: int | tuple[int, int] | None,
     in_chans: int | None,
     encoder_args: dict[str, Any],
-) -> nn.Module:
+) -> Any:
     """A timm vision transformer by name, without a head, for these sizes."""
     import timm
     from timm.layers import build_sincos2d_pos_embed
@@ -256,17 +259,21 @@ def named_encoder(
     if not timm.is_model(name):
         hint = did_you_mean(name, timm.list_models("vit_*"))
         raise ValueError(f"Expected `encoder` to be the name of a timm vision transformer, got {name!r}{hint}")
-    sizes = {"img_size": pair(image_size), "patch_size": pair(patch_size), "in_chans": in_chans}
-    if sizes["img_size"] and sizes["patch_size"]:
-        _check_divides(sizes["img_size"], sizes["patch_size"])
-    # Without a class token timm must not pool by it; its final norm has to stay before pooling, where the decoder reads.
+    image, patch = pair(image_size), pair(patch_size)
+    if image and patch:
+        _check_divides(image, patch)
+    sizes = {"img_size": image, "patch_size": patch, "in_chans": in_chans}
+    # Without a class token timm must not pool by it; its final norm has to stay before pooling, where the decoder
+    # reads.
     pooling = {"global_pool": "token" if encoder_args.get("class_token", True) else "avg", "fc_norm": False}
+    given = {argument: value for argument, value in sizes.items() if value is not None}
+    options: dict[str, Any] = {"num_classes": 0, **given, **pooling, **encoder_args}
     try:
-        encoder = timm.create_model(
-            name, num_classes=0, **{k: v for k, v in sizes.items() if v is not None}, **{**pooling, **encoder_args}
-        )
+        encoder: Any = timm.create_model(name, **options)
     except (TypeError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"timm cannot build `encoder` {name!r} with these sizes and `encoder_args`: {error}") from error
+        raise ValueError(
+            f"timm cannot build `encoder` {name!r} with these sizes and `encoder_args`: {error}"
+        ) from error
     _check_vision_transformer(encoder)
     if not encoder_args.get("pretrained"):
         encoder.apply(init_as_in_paper)
@@ -274,7 +281,7 @@ def named_encoder(
         if encoder.pos_embed is not None:
             if encoder.embed_dim % 4:
                 raise ValueError(f"Expected the encoder's width to be a multiple of 4, got {encoder.embed_dim}.")
-            positions = build_sincos2d_pos_embed(encoder.patch_embed.grid_size, encoder.embed_dim)
+            positions = build_sincos2d_pos_embed(list(encoder.patch_embed.grid_size), encoder.embed_dim)
             with torch.no_grad():
                 encoder.pos_embed.zero_()  # prefix tokens have no place in the image
                 encoder.pos_embed[:, -len(positions) :] = positions
@@ -288,7 +295,7 @@ def _check_divides(image_size: tuple[int, int], patch_size: tuple[int, int]) -> 
             raise ValueError(f"Expected `image_size` {side} {size} to be a multiple of `patch_size` {patch}.")
 
 
-def _check_vision_transformer(encoder: nn.Module) -> None:
+def _check_vision_transformer(encoder: Any) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
     kind = type(encoder).__name__
@@ -306,12 +313,12 @@ def _check_vision_transformer(encoder: nn.Module) -> None:
 
 
 def _checked_instance(
-    encoder: nn.Module,
+    encoder: Any,
     image_size: int | tuple[int, int] | None,
     patch_size: int | tuple[int, int] | None,
     in_chans: int | None,
     encoder_args: dict[str, Any] | None,
-) -> nn.Module:
+) -> Any:
     """An encoder that came as an instance, if the other arguments agree with it."""
     _check_vision_transformer(encoder)
     if encoder_args:

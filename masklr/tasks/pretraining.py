@@ -4,6 +4,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -14,11 +15,12 @@ from masklr.optim import Optim
 class Pretraining(pl.LightningModule):
     """Train a masked autoencoder; `val/loss` is measured on held-out images with masks that never change.
 
-    Batches are `(images, labels, positions)` as masklr's data modules give them, or any tuple that begins with images. Images
-    are uint8, or floats in [0, 1]; augmentation and normalization happen here, in batches, on the training device. `forward`
-    is the evaluation path: encoder tokens (B, P + N, D) of whole, unmasked images.
+    Batches are `(images, labels, positions)` as masklr's data modules give them, or any tuple that begins with
+    images. Images are uint8, or floats in [0, 1]; augmentation and normalization happen here, in batches, on the
+    training device. `forward` is the evaluation path: encoder tokens (B, P + N, D) of whole, unmasked images.
 
-    Logged: `train/loss`; `val/loss`, and beside it `val/loss_of_patch_means`, the loss of predicting each patch's own mean.
+    Logged: `train/loss`; `val/loss`, and beside it `val/loss_of_patch_means`, the loss of predicting each patch's own
+        mean.
 
     Args:
         model: A `masklr.models.MaskedAutoencoder`.
@@ -27,12 +29,16 @@ class Pretraining(pl.LightningModule):
             `RandomHorizontalFlip`, `RandomCrop`, `RandomResizedCrop`, or torchvision v2 transforms (one draw a batch).
         mean: Mean of each channel, of images in [0, 1]; one value serves all channels.
         std: Standard deviation of each channel.
-        mask_seed: Seed of the fixed validation masks, which depend on it and on the sample's position in its split alone.
+        mask_seed: Seed of the fixed validation masks, which depend on it and on the sample's position in its split
+            alone.
         compile: Whether to compile the model with `torch.compile`.
 
     Raises:
         ValueError: A standard deviation that is not positive; channel counts that differ.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -46,17 +52,20 @@ class Pretraining(pl.LightningModule):
     ) -> None:
         super().__init__()
         mean, std = mean or [0.5], std or [0.5]
+        self.model: Any = model
         if min(std) <= 0:
             raise ValueError(f"Expected `std` above 0, got {std}.")
         for argument, values in (("mean", mean), ("std", std)):
-            if len(values) not in (1, model.in_chans):
-                raise ValueError(f"Expected `{argument}` of 1 or {model.in_chans} values (channels), got {values}.")
-        self.model, self.optim = model, optim
+            if len(values) not in (1, self.model.in_chans):
+                raise ValueError(
+                    f"Expected `{argument}` of 1 or {self.model.in_chans} values (channels), got {values}."
+                )
+        self.optim = optim
         self.augmentation = nn.Sequential(*(augmentation or []))
         self.mask_seed = mask_seed
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-        self.losses = nn.ModuleDict({name: MeanMetric() for name in ("loss", "loss_of_patch_means")})
+        self.losses: Any = nn.ModuleDict({name: MeanMetric() for name in ("loss", "loss_of_patch_means")})
         self._seen = 0
         if compile:
             # In place: state_dict keys stay, and `forward` below, the evaluation path, stays uncompiled.
@@ -136,14 +145,13 @@ class Pretraining(pl.LightningModule):
         if positions is None:
             positions = torch.arange(len(images), device=images.device)
         hidden, reconstruction = self.model.reconstruct(self.prepared(images), self.fixed_split(positions))
-        return tuple((picture * self.std + self.mean).clamp(0, 1) for picture in (hidden, reconstruction))
+        hidden, reconstruction = ((picture * self.std + self.mean).clamp(0, 1) for picture in (hidden, reconstruction))
+        return hidden, reconstruction
 
     def fixed_split(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Visible and masked patches of the samples at these positions; the same whenever they are asked for."""
         model = self.model
-        return fixed_patch_split(
-            positions, model.grid, model.mask_ratio, seed=self.mask_seed, strategy=model.strategy
-        )
+        return fixed_patch_split(positions, model.grid, model.mask_ratio, seed=self.mask_seed, strategy=model.strategy)
 
     def positions(self, batch: Any) -> Tensor:
         """Positions of a batch's samples in their split: its third element, or counted where a loader gives none."""
@@ -154,6 +162,6 @@ class Pretraining(pl.LightningModule):
         self._seen += len(batch[0])
         return count * self.trainer.world_size + self.trainer.global_rank
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and its schedule."""
         return self.optim.configure(self, self.trainer)

@@ -2,6 +2,7 @@
 
 import random
 
+import jaxtyping
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -95,7 +96,10 @@ def run_with(make_classifier, make_trainer, plain_loaders, tmp_path_factory):
     def run_with(*callbacks):
         return run(make_classifier, make_trainer, plain_loaders, tmp_path_factory.mktemp("run"), list(callbacks))
 
-    return run_with
+    with pytest.MonkeyPatch.context() as patch:
+        # beartype itself draws from Python's generator, to choose which element of a list it looks at.
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        yield run_with
 
 
 @pytest.fixture(scope="module")
