@@ -29,7 +29,7 @@ def pytest_configure(config):
         "ignore:The '.*_dataloader' does not have many workers which may be a bottleneck",
         # Measurements at steps that no logger logs at are what is tested.
         "ignore:The number of training batches .* is smaller than the logging interval",
-        # Dynamo, of an input that is no leaf: it looks at its gradient and hides the warning only if it is not an error.
+        # Dynamo looks at the gradient of inputs that are no leaves, and hides the warning only if it is not an error.
         "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
     ):
         config.addinivalue_line("filterwarnings", line)
@@ -144,7 +144,7 @@ def digits(make_digits):
 
 @pytest.fixture(scope="session")
 def plain_loaders(digits):
-    """Makes ordinary loaders of (image, label), one that shuffles and one that does not, for training and validation."""
+    """Makes ordinary loaders of (image, label): one that shuffles for training, one that does not for validation."""
 
     def make(batch_size=32, num_train=320, val_batch_size=50):
         train = TensorDataset(digits[0][:num_train], digits[1][:num_train])
@@ -198,7 +198,7 @@ def read_metrics():
 
 @pytest.fixture
 def compilable(monkeypatch):
-    """Leaves out the checks of annotations, which cannot be compiled, and forgets what was compiled before and after."""
+    """Leaves out the checks of annotations, which cannot be compiled; forgets what is compiled, before and after."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     torch._dynamo.reset()
     yield

@@ -38,7 +38,11 @@ def test_summary_shows_first_and_last_values_with_what_they_compare_to(tmp_path)
     picture.with_name("step=00000500.png").touch()
     text = summary(tmp_path)
     assert "step 0 and step 1,000" in text.splitlines()[1]
-    assert line(text, "validation loss").split()[2:] == "2.250 0.125 predicting each patch's mean: 0.750".split()
+    assert line(text, "validation loss").split(maxsplit=4)[2:] == [
+        "2.250",
+        "0.125",
+        "predicting each patch's mean: 0.750",
+    ]
     probe = line(text, "ridge probe on encoder.norm, accuracy %")
     assert probe.split()[-5:] == ["81.9", "98.6", "raw", "pixels:", "93.1"]
     rank = line(text, "effective rank of norm")

@@ -89,8 +89,10 @@ class StepProgress(ProgressBar):
     def _draw_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         total = trainer.max_steps if trainer.max_steps > 0 else None
         if total is None and trainer.max_epochs is not None and trainer.max_epochs > 0:
-            batches = trainer.num_training_batches / trainer.accumulate_grad_batches
-            total = int(batches * trainer.max_epochs) if batches != float("inf") else None
+            batches = trainer.num_training_batches
+            if batches != float("inf"):
+                # The last step of an epoch may accumulate fewer batches.
+                total = -(-int(batches) // trainer.accumulate_grad_batches) * trainer.max_epochs
         shown = {
             name: f"{value:.4g}" if isinstance(value, float) else value
             for name, value in self.get_metrics(trainer, pl_module).items()

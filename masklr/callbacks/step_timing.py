@@ -27,12 +27,13 @@ class StepTiming(pl.Callback):
     def _restart(self) -> None:
         self._batches, self._step_seconds, self._fetch_seconds = 0, 0.0, 0.0
         self._batch_began: float | None = None
+        self._step_before = 0
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, idx: int) -> None:
         """A step begins once its batch is there."""
         if self._clock is not None:
             self._fetch_seconds += self._clock.take()
-            self._batch_began = time.perf_counter()
+            self._batch_began, self._step_before = time.perf_counter(), trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
@@ -42,7 +43,9 @@ class StepTiming(pl.Callback):
             return
         self._step_seconds += time.perf_counter() - self._batch_began
         self._batches += 1
-        if trainer.global_step % self._every_n_steps or self._batches < 2:
+        # The step stands still while gradients accumulate.
+        stood_still = trainer.global_step == self._step_before
+        if stood_still or trainer.global_step % self._every_n_steps or self._batches < 2:
             return
         seconds = self._step_seconds + self._fetch_seconds
         values = {"time/data_share": self._fetch_seconds / seconds, "time/batches_per_second": self._batches / seconds}

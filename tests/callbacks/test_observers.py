@@ -50,17 +50,28 @@ class Disturbing(pl.Callback):
                 module(torch.rand(8, 1, 8, 8))
 
 
+def draw(*_):
+    torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
+
+
 def run(make_classifier, make_trainer, plain_loaders, folder, callbacks):
     """20 steps with four validations, and what is left afterwards."""
     module = make_classifier()
     module.reconstruct = lambda images: (images / 2, (images + 0.1 * module(images).mean()).clamp(0, 1))
     module.network[5].eval()  # a frozen batch norm, as a user has one
-    module.network[3].train()
-    flags = []
+    # Draws in evaluation too, as test-time augmentation does: an observer's extra passes must not be felt.
+    module.network[6].register_forward_hook(draw)
+    flags, val_flags = [], []
 
     class Flags(pl.Callback):
         def on_train_batch_start(self, trainer, module, *_):
             flags.append([part.training for part in module.modules()])
+
+        def on_validation_start(self, trainer, module):
+            module.network[3].train()  # Monte-Carlo dropout: Lightning's own flags are not all that can be set
+
+        def on_validation_batch_start(self, trainer, module, *_):
+            val_flags.append([part.training for part in module.modules()])
 
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002
@@ -77,6 +88,7 @@ def run(make_classifier, make_trainer, plain_loaders, folder, callbacks):
         "numpy": np.random.get_state()[1:3],  # noqa: NPY002
         "python": random.getstate(),
         "flags": flags,
+        "validation flags": val_flags,
         "flags at the end": [part.training for part in module.modules()],
     }
 

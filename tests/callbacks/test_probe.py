@@ -75,11 +75,8 @@ def probed(make_classifier, make_trainer, make_digits, tmp_path_factory, read_me
 def test_accuracies_are_logged_at_their_steps_and_those_of_pixels_once(probed):
     metrics = {key: list(found) for key, found in probed[2].items() if key.startswith(("probe/", "cost/"))}
     assert metrics.pop("probe/pixels/accuracy") == [0]
-    assert metrics == dict.fromkeys(
-        [f"probe/{name}/accuracy" for name in ("network.4", "network.8", "mean")]
-        + ["cost/probe/seconds", "cost/probe/share"],
-        [0, 7, 14],
-    )
+    keys = [f"probe/{name}/accuracy" for name in ("network.4", "network.8", "mean")]
+    assert metrics == {key: [0, 7, 14] for key in [*keys, "cost/probe/seconds", "cost/probe/share"]}
 
 
 def test_accuracy_is_that_of_scikit_learns_ridge(probed, digits):
@@ -92,8 +89,10 @@ def test_accuracy_is_that_of_scikit_learns_ridge(probed, digits):
         for layer in (4, 8):
             network = module.inner.network[: layer + 1]
             with torch.no_grad():
-                features = [network(images).reshape(len(images), network(images).shape[1], -1).mean(2)
-                            for images in (train, val)]
+                features = [
+                    network(images).reshape(len(images), network(images).shape[1], -1).mean(2)
+                    for images in (train, val)
+                ]
             expected = ridge_accuracy(features[0], train_labels, features[1], val_labels)
             values.append(metrics[f"probe/network.{layer}/accuracy"][step])
             assert values[-1] == pytest.approx(expected, abs=ONE_SAMPLE)
@@ -212,7 +211,10 @@ def test_timm_resnet_is_probed_and_a_checkpoint_can_watch(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"layers": ["network.44"]}, r"Expected `layers` to match something, got 'network.44'; did you mean network\.4"),
+        (
+            {"layers": ["network.44"]},
+            r"Expected `layers` to match something, got 'network.44'; did you mean network\.4",
+        ),
         ({"module": "netwrok"}, "Expected `module` to be a part of Classifier, got 'netwrok'; did you mean network"),
         ({"labels": 3}, "Expected a tensor at `labels`=3 of the batch"),
     ],

@@ -102,10 +102,15 @@ def test_undisturbed_restores_generators_and_flags_even_after_an_error():
     model[1][0].eval()
     flags = [part.training for part in model.modules()]
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
-    with pytest.raises(RuntimeError, match="inside"), undisturbed(model):
-        torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
-        model.eval()
-        raise RuntimeError("inside")
+
+    def disturb():
+        with undisturbed(model):
+            torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
+            model.eval()
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        disturb()
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert np.random.get_state()[1].tolist() == before[2]  # noqa: NPY002
@@ -119,9 +124,14 @@ def test_file_is_written_whole_or_not_at_all(tmp_path):
         assert not path.exists()
         assert temporary.parent == path.parent
     assert path.read_text() == "first"
-    with pytest.raises(RuntimeError, match="halfway"), written_whole(path) as temporary:
-        temporary.write_text("sec")
-        raise RuntimeError("halfway")
+
+    def fail_halfway():
+        with written_whole(path) as temporary:
+            temporary.write_text("sec")
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        fail_halfway()
     assert path.read_text() == "first"
     assert [file.name for file in path.parent.iterdir()] == ["a.txt"]
 
@@ -130,8 +140,8 @@ def test_files_go_into_the_folder_of_the_trainer_or_of_its_logger(make_trainer, 
     assert run_folder(make_trainer(tmp_path)) == tmp_path
     monkeypatch.chdir(tmp_path)
     logger = CSVLogger(tmp_path / "logs", name="a", version="b")
-    assert run_folder(make_trainer(None, logger=logger)) == tmp_path / "logs" / "a" / "b"
-    assert run_folder(make_trainer(None, logger=False)) == tmp_path
+    assert run_folder(make_trainer(tmp_path, default_root_dir=None, logger=logger)) == tmp_path / "logs" / "a" / "b"
+    assert run_folder(make_trainer(tmp_path, default_root_dir=None, logger=False)) == tmp_path
 
 
 def test_means_are_over_the_places_that_have_the_measure():

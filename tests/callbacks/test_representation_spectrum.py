@@ -46,7 +46,7 @@ def by_hand(module, state, images, layer):
 
 @pytest.fixture(scope="module")
 def measured(make_classifier, make_trainer, plain_loaders, tmp_path_factory, read_metrics):
-    """20 steps, a validation every 7, the initialization too; the validation split comes in batches of 50, 50 and 44."""
+    """20 steps, a validation every 7, the initialization too; validation batches of 50, 50 and 44."""
     folder = tmp_path_factory.mktemp("representations")
     states = States()
     trainer = make_trainer(
@@ -100,7 +100,9 @@ def test_null_is_that_of_gaussian_features_of_that_count(measured):
         ({"layers": []}, lambda net, x: net(x)),
     ],
 )
-def test_pools_and_the_output_of_forward(make_classifier, make_trainer, plain_loaders, tmp_path, digits, options, expected):
+def test_pools_and_the_output_of_forward(
+    make_classifier, make_trainer, plain_loaders, tmp_path, digits, options, expected
+):
     module = make_classifier()
     callback = RepresentationSpectrum(module="network", **options)
     make_trainer(tmp_path, callbacks=[callback]).validate(module, plain_loaders()[1], verbose=False)
@@ -236,7 +238,10 @@ def test_batches_of_tensors_and_of_dicts_are_taken_by_index_and_key(make_trainer
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"layers": ["network.44"]}, r"Expected `layers` to match something, got 'network.44'; did you mean network\.4"),
+        (
+            {"layers": ["network.44"]},
+            r"Expected `layers` to match something, got 'network.44'; did you mean network\.4",
+        ),
         ({"layers": ["net*.*.*"]}, r"got 'net\*\.\*\.\*'"),
         ({"module": "netwrok"}, "Expected `module` to be a part of Classifier, got 'netwrok'; did you mean network"),
     ],
@@ -263,5 +268,5 @@ def test_mean_of_bf16_tokens_is_taken_in_float32():
 
 def test_first_element_of_a_tuple_is_measured_and_other_outputs_raise():
     assert torch.equal(pooled((torch.ones(2, 3), None), "mean", "x"), torch.ones(2, 3))
-    with pytest.raises(ValueError, match="layer 'x' .* got an output a dict"):
+    with pytest.raises(ValueError, match=r"layer 'x' .* got an output a dict"):
         pooled({"a": torch.ones(2, 3)}, "mean", "x")

@@ -12,7 +12,7 @@ def lines(capsys):
 @pytest.fixture
 def shown(make_task, make_digits, make_trainer, tmp_path, capsys):
     def shown(every_seconds=1e-9, **options):
-        options = {"max_steps": 4, "limit_val_batches": 0, **options}
+        options = {"max_steps": 4, "limit_val_batches": 0, "logger": False, **options}
         callback = StepProgress(every_seconds)
         make_trainer(tmp_path, callbacks=[callback], **options).fit(make_task(), make_digits(64))
         return lines(capsys)
@@ -62,12 +62,12 @@ def test_testing_and_predicting_say_how_far(make_task, make_digits, make_trainer
 
 
 def test_disabled_bar_draws_nothing(make_task, make_digits, make_trainer, tmp_path, capsys):
-    callback = StepProgress(1e-9)
-    trainer = make_trainer(tmp_path, max_steps=2, limit_val_batches=0, callbacks=[callback])
+    callback, options = StepProgress(1e-9), {"max_steps": 2, "limit_val_batches": 0, "logger": False}
+    trainer = make_trainer(tmp_path, callbacks=[callback], **options)
     callback.disable()
     trainer.fit(make_task(), make_digits())
     assert lines(capsys) == []
     callback.enable()
-    trainer = make_trainer(tmp_path, max_steps=2, limit_val_batches=0, callbacks=[callback])
+    trainer = make_trainer(tmp_path, callbacks=[callback], **options)
     trainer.fit(make_task(), make_digits())
     assert len(lines(capsys)) == 3

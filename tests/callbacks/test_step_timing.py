@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from masklr.callbacks import StepTiming
+from masklr.callbacks import StepTiming, WeightSpectrum
 
 
 class Slow(Dataset):
@@ -45,7 +45,13 @@ class Sleepy(pl.LightningModule):
 def timing(make_trainer, read_metrics, tmp_path):
     def timing(data_seconds=0.0, step_seconds=0.0, val_seconds=0.0, **options):
         module = Sleepy(step_seconds, val_seconds)
-        options = {"max_steps": 12, "log_every_n_steps": 4, "limit_val_batches": 0, "callbacks": [StepTiming()], **options}
+        options = {
+            "max_steps": 12,
+            "log_every_n_steps": 4,
+            "limit_val_batches": 0,
+            "callbacks": [StepTiming()],
+            **options,
+        }
         trainer = make_trainer(tmp_path, **options)
         trainer.fit(module, DataLoader(Slow(data_seconds), 1), DataLoader(Slow(0.0, 1), 1))
         return read_metrics(tmp_path)
@@ -82,14 +88,17 @@ def test_accumulated_batches_are_logged_once_a_step(timing):
 
 
 def test_trainer_with_a_profiler_of_its_own_keeps_it(timing):
-    found = timing(profiler="simple")
+    found = timing(profiler="simple", callbacks=[StepTiming(), WeightSpectrum()])
+    assert "weight/mean/stable_rank" in found
     assert "time/data_share" not in found
 
 
 def test_one_callback_in_two_trainers_starts_anew(make_trainer, read_metrics, tmp_path):
     callback = StepTiming()
     for name, seconds in (("slow", 0.03), ("fast", 0.0)):
-        trainer = make_trainer(tmp_path / name, max_steps=5, log_every_n_steps=4, limit_val_batches=0, callbacks=[callback])
+        trainer = make_trainer(
+            tmp_path / name, max_steps=5, log_every_n_steps=4, limit_val_batches=0, callbacks=[callback]
+        )
         trainer.fit(Sleepy(step_seconds=0.01), DataLoader(Slow(seconds), 1), DataLoader(Slow(0.0, 1), 1))
     # The fifth step of the slow run was never logged; its time is not the second run's.
     assert read_metrics(tmp_path / "slow")["time/data_share"][4] > 0.5

@@ -97,7 +97,9 @@ def test_scalars_are_in_callback_metrics_and_costs_are_real(measured):
 def test_step_that_stands_still_while_gradients_accumulate_is_measured_once(
     make_classifier, make_trainer, plain_loaders, tmp_path, read_metrics
 ):
-    trainer = make_trainer(tmp_path, max_steps=4, accumulate_grad_batches=2, callbacks=[WeightSpectrum(every_n_steps=2)])
+    trainer = make_trainer(
+        tmp_path, max_steps=4, accumulate_grad_batches=2, callbacks=[WeightSpectrum(every_n_steps=2)]
+    )
     trainer.fit(make_classifier(), *plain_loaders())
     assert list(read_metrics(tmp_path)["weight/mean/stable_rank"]) == [0, 2, 4]
 

@@ -167,7 +167,7 @@ def test_unpatchify_inverts_patchify_and_patchify_is_the_loop(make_mae, shape):
 
 def test_images_of_another_size_raise(make_mae):
     model = make_mae()
-    with pytest.raises(ValueError, match="Expected images of 1 x 8 x 8 .* got 1 x 8 x 10"):
+    with pytest.raises(ValueError, match=r"Expected images of 1 x 8 x 8 .* got 1 x 8 x 10"):
         model(torch.zeros(2, 1, 8, 10))
 
 

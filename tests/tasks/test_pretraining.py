@@ -193,7 +193,9 @@ def test_stream_without_length_trains_for_max_steps(make_trainer, make_task, dig
     trainer.fit(make_task(optim=Optim(base_lr=0.02, warmup=2)), stream, plain_loaders()[1])
     assert trainer.global_step == 6
     peak = 0.02 * 32 / 256
-    assert rates.rates == pytest.approx([peak / 2, peak, *(peak * (1 + math.cos(math.pi * s / 4)) / 2 for s in range(4))])
+    assert rates.rates == pytest.approx(
+        [peak / 2, peak, *(peak * (1 + math.cos(math.pi * s / 4)) / 2 for s in range(4))]
+    )
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
