@@ -277,7 +277,9 @@ def named_encoder(
     _check_vision_transformer(encoder)
     if not encoder_args.get("pretrained"):
         encoder.apply(init_as_in_paper)
-        nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.view(encoder.embed_dim, -1))
+        # The authors' xavier initialization at their size (768 inputs, width 768), for any size: patches of few pixels
+        # would otherwise be drowned by their positions.
+        nn.init.normal_(encoder.patch_embed.proj.weight, std=encoder.patch_embed.proj.weight[0].numel() ** -0.5)
         if encoder.pos_embed is not None:
             if encoder.embed_dim % 4:
                 raise ValueError(f"Expected the encoder's width to be a multiple of 4, got {encoder.embed_dim}.")
