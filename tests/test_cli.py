@@ -264,7 +264,8 @@ def test_run_folder_without_write_permission_is_one_sentence(tmp_path: Path) -> 
     locked = tmp_path / "locked"
     locked.mkdir()
     locked.chmod(0o555)
-    code = f"import os, sys; from masklr.loggers import new_run_folder; from pathlib import Path\nnew_run_folder(Path({str(locked)!r}), 'x', 'fit')"
+    code = "from masklr.loggers import new_run_folder as make; from pathlib import Path; "
+    code += f"make(Path({str(locked)!r}), 'x', 'fit')"
     as_nobody = {"user": 65534, "group": 65534} if os.geteuid() == 0 else {}
     if as_nobody:
         tmp_path.chmod(0o755)

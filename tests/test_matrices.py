@@ -153,9 +153,7 @@ def test_globs_include_and_exclude():
 
 @pytest.mark.parametrize("argument", ["include", "exclude"])
 def test_a_pattern_that_matches_nothing_raises_with_the_nearest_names(argument):
-    message = (
-        rf"`{argument}` to match something, got 'blocks.0.mlp.fc3'; did you mean blocks.0.mlp.fc"
-    )
+    message = rf"`{argument}` to match something, got 'blocks.0.mlp.fc3'; did you mean blocks.0.mlp.fc"
     with pytest.raises(ValueError, match=message):
         measured_matrices(vit(), **{argument: ["head", "blocks.0.mlp.fc3"]})
 

@@ -208,3 +208,18 @@ def test_sums_over_ranks_equal_those_of_one(monkeypatch):
         states = [getattr(metric, name) for metric in ranks]
         monkeypatch.setattr(probes, "gather_all_tensors", lambda state, group, states=states: states)
         torch.testing.assert_close(sum(ranks[0].dist_sync_fn(states[0])), getattr(whole, name))
+
+
+def test_wide_features_choose_the_penalty_on_one_held_out_fold(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(200, 6, generator=generator), torch.randint(0, 3, (200,), generator=generator)
+    moments = RidgeMoments(num_folds=4)
+    moments.update(x, y, torch.arange(200))
+    everything = ridge(moments.compute())
+    monkeypatch.setattr(probes, "MAX_DIM_FOR_ALL_FOLDS", 5)
+    one_fold = ridge(moments.compute())
+    assert one_fold.errors.shape == everything.errors.shape
+    assert not torch.allclose(one_fold.errors, everything.errors)
+    same_penalty = ridge(moments.compute(), [one_fold.penalty])
+    monkeypatch.undo()
+    torch.testing.assert_close(ridge(moments.compute(), [one_fold.penalty]).weight, same_penalty.weight)

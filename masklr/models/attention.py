@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # Longest sequence for which batched products beat fused attention on CPU, forward and backward, by dtype: 3 times in
-# bf16 at 65 to 197 tokens, 1.1 to 3 times in float32 up to 65 (2 cores, AVX-512 with bf16). Beyond, the
+# bf16 at 65 to 197 tokens, 1.1 to 3 times in float32 below 50 (2 cores, AVX-512 with bf16). Beyond, the
 # (tokens x tokens) probabilities cost more memory traffic than they save.
-MAX_TOKENS_BY_PRODUCTS = {torch.bfloat16: 512, torch.float32: 80}
+MAX_TOKENS_BY_PRODUCTS = {torch.bfloat16: 512, torch.float32: 48}
 
 
 class _AttentionByProducts(torch.autograd.Function):
