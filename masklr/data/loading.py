@@ -181,6 +181,8 @@ class ImageData(pl.LightningDataModule):
         return self._evaluation_loader("train")
 
     def _evaluation_loader(self, name: SplitName) -> DataLoader:
+        if name not in self.splits:  # a probe needs the training split in validation too
+            self._open(name)
         split, (rank, num_ranks) = self.splits[name], self._ranks()
         if len(split) < num_ranks:
             raise ValueError(f"Expected a {name} split of at least one sample a rank ({num_ranks}), got {len(split)}.")
