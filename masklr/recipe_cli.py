@@ -152,6 +152,7 @@ def _quiet() -> None:
         ".*does not have many workers.*",  # sets in memory need none
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*is smaller than the logging interval.*",  # recipes count steps, not epochs
+        ".*is not supported by the model summary.*",
         ".*callbacks used to create the checkpoint need to be provided.*",  # measuring one needs fewer
     ):
         warnings.filterwarnings("ignore", message)

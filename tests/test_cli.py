@@ -1,15 +1,18 @@
 """The command line: runs, their folders, and what a mistake is answered with."""
 
 import csv
-import os
+import io
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from masklr.cli import main
 
@@ -261,20 +264,69 @@ def test_run_folder_below_a_file_is_one_sentence(tmp_path: Path, capsys: pytest.
 
 
 def test_run_folder_without_write_permission_is_one_sentence() -> None:
-    code = "import sys; from masklr.loggers import new_run_folder as make; from pathlib import Path; "
-    code += "make(Path(sys.argv[1]), 'x', 'fit')"
-    # Root may write anywhere, so the test becomes another user, who must be able to run this Python.
-    as_user = {"user": 65534, "group": 65534} if os.geteuid() == 0 else {}
-    python = [sys.executable, "-B", "-c"]
-    try:
-        subprocess.run([*python, "import masklr.loggers"], check=True, capture_output=True, **as_user)
-    except (PermissionError, subprocess.CalledProcessError):
-        pytest.skip("another user cannot run this Python, and root may write anywhere")
+    # Root may write anywhere, so the process becomes another user once everything is imported.
+    code = (
+        "import os, sys; from pathlib import Path; from masklr.cli import _sentence; from masklr.loggers import *\n"
+        "if os.geteuid() == 0:\n    os.seteuid(65534)\n"
+        "try:\n    new_run_folder(Path(sys.argv[1]), 'x', 'fit')\n"
+        "except Exception as error:\n    print(_sentence(error))"
+    )
     with tempfile.TemporaryDirectory() as parent:
         Path(parent).chmod(0o755)
         locked = Path(parent) / "locked"
         locked.mkdir(mode=0o555)
-        done = subprocess.run([*python, code, str(locked)], check=False, capture_output=True, text=True, **as_user)
-        assert f"Cannot make a run folder in {locked / 'x'}" in done.stderr
-        assert "Permission denied" in done.stderr
+        run = [sys.executable, "-c", code, str(locked)]
+        told = subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
+        assert told == f"Cannot make a run folder in {locked / 'x'} (`runs`, `name`): Permission denied."
         assert not list(locked.iterdir())
+
+
+def shards(folder: Path, spoil: str) -> Path:
+    """A shard of 40 images, one of them spoiled."""
+    rng = np.random.default_rng(0)
+    path = folder / "train-000.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(40):
+            pixels = Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8))
+            data = io.BytesIO()
+            (pixels.convert("CMYK") if spoil == "cmyk" and number == 7 else pixels).save(data, "JPEG")
+            encoded = data.getvalue()[: 200 if spoil == "truncated" and number == 7 else None]
+            for ending, content in (("jpg", encoded), ("cls", str(number % 10).encode())):
+                entry = tarfile.TarInfo(f"{number:06d}.{ending}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    if spoil == "cut":
+        path.write_bytes(path.read_bytes()[:20_000])
+    return path
+
+
+SHARDS = [
+    f"--config={RECIPE.with_name('pretrain_cifar10_shards.yaml')}",
+    f"{MODEL}encoder_args={{'embed_dim': 16, 'depth': 1, 'num_heads': 2}}",
+    "--trainer.max_steps=2",
+    "--trainer.val_check_interval=2",
+    "--trainer.accelerator=cpu",
+    "--data.init_args.batch_size=8",
+    "--wandb=off",
+]
+
+
+@pytest.mark.parametrize(("spoil", "named"), [("truncated", "000007"), ("cmyk", "000007"), ("cut", "train-000.tar")])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_spoiled_sample_is_named_in_one_sentence(
+    spoil: str, named: str, workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shards(tmp_path, spoil)
+    run = ["fit", *SHARDS, f"--data.init_args.train={path}", f"--runs={tmp_path / 'runs'}"]
+    told = answer(capsys, [*run, f"--data.init_args.num_workers={workers}", "--trainer.max_steps=20"])
+    assert named in told
+    assert "train-000.tar" in told
+
+
+def test_spoiled_samples_are_skipped_and_counted_if_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = shards(tmp_path, "truncated")
+    run = ["fit", *SHARDS, f"--data.init_args.train={path}", f"--runs={tmp_path / 'runs'}"]
+    assert (
+        main([*run, "--data.init_args.num_workers=0", "--data.init_args.on_error=skip", "--trainer.max_steps=20"]) == 0
+    )
+    assert "skipped 1 of 40 samples" in caplog.text
