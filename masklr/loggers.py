@@ -56,15 +56,15 @@ def run_loggers(folder: Path, wandb: str) -> list[Logger]:
     if offline:
         os.environ.setdefault("WANDB_SILENT", "true")  # settings come too late for what wandb.init itself says
     project, _, entity = ("masklr", "", "") if offline else wandb.partition("/")
-    loggers.append(
-        WandbLogger(
-            name=f"{name}/{version}",
-            save_dir=folder,
-            project=project,
-            entity=entity or None,
-            offline=offline,
-            # An offline run has nothing to say on the terminal; an online one shows its link.
-            settings=Settings(silent=offline),
-        )
+    logger = WandbLogger(
+        name=f"{name}/{version}",
+        save_dir=folder,
+        project=project,
+        entity=entity or None,
+        offline=offline,
+        # An offline run has nothing to say on the terminal; an online one shows its link.
+        settings=Settings(silent=offline),
     )
-    return loggers
+    # Lightning hands on an option that wandb has dropped and warns of, on every run.
+    logger._wandb_init.pop("anonymous", None)
+    return [*loggers, logger]
