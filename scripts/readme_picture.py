@@ -23,21 +23,22 @@ def main(run: Path, picture: Path) -> None:
     accuracy, rank, spectrum = right.subplots(3, 1)
 
     steps, found = zip(*values["probe/norm/accuracy"], strict=True)
-    accuracy.plot(steps, found, "o-", color="C0")
+    accuracy.plot(steps, found, "o-", color="C0", clip_on=False)
     pixels = values["probe/pixels/accuracy"][0][1]
     accuracy.axhline(pixels, color="0.5", linestyle="--")
     accuracy.annotate("raw pixels", (steps[-1], pixels), ha="right", va="bottom", color="0.4", fontsize=8)
     accuracy.set(title="accuracy of a ridge probe, %", xlabel="step")
 
     steps, found = zip(*values["representation/norm/effective_rank"], strict=True)
-    rank.plot(steps, found, "o-", color="C1")
+    rank.plot(steps, found, "o-", color="C1", clip_on=False)
     rank.set(title="effective rank of the representation", xlabel="step")
 
     files = sorted((run / "spectra" / "representation_spectrum").glob("*.npz"))
     for file, color, label in ((files[0], "0.6", "step 0"), (files[-1], "C1", f"step {steps[-1]:,}")):
         sigma = np.load(file)["norm"]
+        sigma = sigma[sigma > 1e-6 * sigma[0]]  # the final norm leaves one direction empty
         spectrum.semilogy(np.arange(1, len(sigma) + 1), sigma / sigma[0], color=color, label=label)
-    spectrum.set(title="singular values of the representation, of the first", xlabel="index", ylim=(1e-3, 1.3))
+    spectrum.set(title="singular values of the representation / the largest", xlabel="index", ylim=(1e-3, 1.5))
     spectrum.legend(fontsize=8, frameon=False)
     for ax in (accuracy, rank, spectrum):
         ax.title.set_fontsize(9)
