@@ -127,7 +127,8 @@ class RecipeCLI(LightningCLI):
     def after_predict(self) -> None:
         """Say where the predictions are."""
         if self.trainer.is_global_zero:
-            print(f"predictions: {self.run_folder / 'predictions.safetensors'}", flush=True)
+            for path in sorted(self.run_folder.glob("predictions*.safetensors")):
+                print(f"predictions: {path}", flush=True)
 
 
 def run(arguments: list[str]) -> None:

@@ -36,8 +36,10 @@ def summary(folder: Path) -> str:
 
     def row(label: str, key: str, form: str, note: str = "") -> None:
         if key in values:
-            (first_step, first), (_, last) = values[key][0], values[key][-1]
+            (first_step, first), (last_step, last) = values[key][0], values[key][-1]
             start = format(first, form) if first_step == 0 or len(values[key]) > 1 else ""
+            # A run that stops between two validations ends with older values: say which.
+            note = f"{note} (measured at step {last_step:,})" if last_step < steps else note
             lines.append(f"{label:42}{start:>10}{format(last, form):>10}    {note}".rstrip())
 
     def constant(key: str, form: str, text: str) -> str:
@@ -57,9 +59,15 @@ def summary(folder: Path) -> str:
             row(f"effective rank of {what[15:]}", key, ".1f", null)
     null = constant("weight/mean/effective_rank_null", ".1f", "Gaussian weights: {}")
     row("effective rank of weights, mean", "weight/mean/effective_rank", ".1f", null)
-    shares = [found[-1][1] for key, found in values.items() if key.startswith("cost/") and key.endswith("/share")]
-    if shares:
-        lines.append(f"{'measuring, share of the run':42}{'':>10}{sum(shares):>10.1%}")
+    spent, elapsed = 0.0, 0.0
+    for key, found in values.items():
+        if key.startswith("cost/") and key.endswith("/seconds"):
+            total = sum(seconds for _, seconds in found)
+            spent += total
+            share = values.get(key.replace("/seconds", "/share"), [(0, 0.0)])[-1][1]
+            elapsed = max(elapsed, total / share if share else 0.0)  # of the callback that measured last
+    if elapsed:
+        lines.append(f"{'measuring, share of the run':42}{'':>10}{spent / elapsed:>10.1%}")
     pictures = sorted((folder / "pictures").rglob("step=*.png"))
     if pictures:
         lines.append(f"picture: {pictures[-1]}")

@@ -2,7 +2,7 @@ from masklr.summary import series, summary
 
 HEADER = "step,val/loss,val/loss_of_patch_means,probe/encoder.norm/accuracy,probe/pixels/accuracy,probe/mean/accuracy,"
 HEADER += "representation/norm/effective_rank,representation/norm/effective_rank_null,weight/mean/effective_rank,"
-HEADER += "cost/probe/share,cost/weight_spectrum/share,train/loss\n"
+HEADER += "cost/probe/share,cost/weight_spectrum/share,train/loss,cost/probe/seconds,cost/weight_spectrum/seconds\n"
 
 
 def write(folder, *rows, header=HEADER):
@@ -28,9 +28,9 @@ def test_a_folder_without_metrics_has_no_series_and_a_summary_of_its_place(tmp_p
 def test_summary_shows_first_and_last_values_with_what_they_compare_to(tmp_path):
     write(
         tmp_path,
-        "0,2.25,0.75,81.94,93.06,81.94,26.04,58.2,70.0,0.5,0.2,",
-        "500,1.5,0.75,90.0,,90.0,40.0,58.2,60.0,0.2,0.1,1.1",
-        "1000,0.125,0.75,98.61,,98.61,59.96,58.2,55.5,0.04,0.02,0.1",
+        "0,2.25,0.75,81.94,93.06,81.94,26.04,58.2,70.0,0.5,0.2,,1.0,0.5",
+        "500,1.5,0.75,90.0,,90.0,40.0,58.2,60.0,0.2,0.1,1.1,1.0,0.5",
+        "1000,0.125,0.75,98.61,,98.61,59.96,58.2,55.5,0.04,0.02,0.1,2.0,1.0",
     )
     picture = tmp_path / "pictures" / "reconstructions" / "step=00001000.png"
     picture.parent.mkdir(parents=True)
@@ -66,3 +66,9 @@ def test_summary_has_only_lines_that_the_run_has_values_for(tmp_path):
 def test_a_value_measured_once_after_the_start_is_an_end_not_a_start(tmp_path):
     write(tmp_path, "10,0.3", header="step,val/loss\n")
     assert line(summary(tmp_path), "validation loss").split()[2:] == ["0.300"]
+
+
+def test_value_older_than_the_run_says_when_it_was_measured(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,val/loss,train/loss\n0,2.0,\n4,1.0,\n7,,0.5\n")
+    text = summary(tmp_path)
+    assert "measured at step 4" in line(text, "validation loss")

@@ -111,12 +111,17 @@ class MaskedAutoencoder(nn.Module):
             part.apply(init_as_in_paper)
         accelerate(self)
 
+    def check_size(self, images: Tensor) -> None:
+        """Raise unless images (B, C, H, W) have the channels and the size that the model was built for."""
+        if tuple(images.shape[1:]) != (self.in_chans, *self.image_size):
+            expected = " x ".join(str(size) for size in (self.in_chans, *self.image_size))
+            found = " x ".join(str(size) for size in images.shape[1:])
+            raise ValueError(f"Expected images of {expected} (channels x height x width), got {found}.")
+
     def patchify(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N X"]:
         """Patches in rows, each in the order (channel, y, x), the order of the patch embedding's weights."""
-        B, C, H, W = images.shape
-        if (self.in_chans, *self.image_size) != (C, H, W):
-            expected = f"{self.in_chans} x {self.image_size[0]} x {self.image_size[1]}"
-            raise ValueError(f"Expected images of {expected} (channels x height x width), got {C} x {H} x {W}.")
+        self.check_size(images)
+        B, C = images.shape[:2]
         (h, w), (y, x) = self.grid, self.patch_size
         return images.view(B, C, h, y, w, x).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w, C * y * x)
 
@@ -136,6 +141,7 @@ class MaskedAutoencoder(nn.Module):
             visible: Indices of the patches to encode; None encodes all, through timm's own `forward_features`.
         """
         if visible is None:
+            self.check_size(images)
             return self.encoder.forward_features(images)
         return self._encode_patches(rows(self.patchify(images), visible), visible)
 

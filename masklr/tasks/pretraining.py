@@ -55,11 +55,11 @@ class Pretraining(pl.LightningModule):
         self.model: Any = model
         if min(std) <= 0:
             raise ValueError(f"Expected `std` above 0, got {std}.")
+        in_chans: Any = model.in_chans
+        allowed = " or ".join(str(count) for count in sorted({1, in_chans}))
         for argument, values in (("mean", mean), ("std", std)):
-            if len(values) not in (1, self.model.in_chans):
-                raise ValueError(
-                    f"Expected `{argument}` of 1 or {self.model.in_chans} values (channels), got {values}."
-                )
+            if len(values) not in (1, in_chans):
+                raise ValueError(f"Expected `{argument}` of {allowed} values (channels), got {values}.")
         self.optim = optim
         self.augmentation = nn.Sequential(*(augmentation or []))
         self.mask_seed = mask_seed
@@ -73,6 +73,7 @@ class Pretraining(pl.LightningModule):
 
     def prepared(self, images: Tensor) -> Tensor:
         """Normalized float images of a batch as the loader gives it."""
+        self.model.check_size(images)  # before a mean of three channels makes three of one
         scale = 255.0 if images.dtype == torch.uint8 else 1.0
         return (images / scale - self.mean) / self.std
 

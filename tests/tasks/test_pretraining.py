@@ -331,8 +331,8 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(make_task, make_digits, ma
     ("options", "sentence"),
     [
         ({"std": [0.0]}, r"Expected `std` above 0, got \[0.0\]"),
-        ({"mean": [0.1, 0.2]}, r"Expected `mean` of 1 or 1 values \(channels\), got \[0.1, 0.2\]"),
-        ({"std": [0.1, 0.2, 0.3]}, r"Expected `std` of 1 or 1 values"),
+        ({"mean": [0.1, 0.2]}, r"Expected `mean` of 1 values \(channels\), got \[0.1, 0.2\]"),
+        ({"std": [0.1, 0.2, 0.3]}, r"Expected `std` of 1 values"),
     ],
 )
 def test_bad_normalization_raises(make_mae, options, sentence):
@@ -340,3 +340,10 @@ def test_bad_normalization_raises(make_mae, options, sentence):
 
     with pytest.raises(ValueError, match=sentence):
         Pretraining(make_mae(), **options)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (4, 1, 8, 10)])
+def test_images_that_the_model_was_not_built_for_are_refused_before_they_broadcast(make_task, shape):
+    task = make_task()
+    with pytest.raises(ValueError, match=r"Expected images of 1 x 8 x 8 \(channels x height x width\), got"):
+        task(torch.zeros(shape, dtype=torch.uint8))
