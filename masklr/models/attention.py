@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from timm.layers import Attention
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -61,7 +62,9 @@ class _AttentionByProducts(torch.autograd.Function):
         return grad_qkv.reshape(batch, tokens, 3 * num_heads * head_dim), None, None
 
 
-def attention(qkv: Float[Tensor, "batch tokens three_width"], num_heads: int) -> Float[Tensor, "batch tokens width"]:
+def attention(
+    qkv: Float[Tensor, "batch tokens three_width"], num_heads: int, last: int | None = None
+) -> Float[Tensor, "batch queries width"]:
     r"""Self-attention of a fused projection, by the fastest exact way for its device, dtype and length.
 
     .. math:: \mathrm{softmax}(Q K^\top / \sqrt{d}) V
@@ -69,6 +72,7 @@ def attention(qkv: Float[Tensor, "batch tokens three_width"], num_heads: int) ->
     Args:
         qkv: Queries, keys and values side by side, each heads x d wide, as timm's `Attention.qkv` gives them.
         num_heads: Number of heads.
+        last: How many tokens ask, the last ones; all if None. Every token is asked in either case.
 
     Returns:
         The heads' outputs side by side, before the output projection.
@@ -81,9 +85,14 @@ def attention(qkv: Float[Tensor, "batch tokens three_width"], num_heads: int) ->
     by_products = qkv.device.type == "cpu" and tokens <= MAX_TOKENS_BY_PRODUCTS.get(qkv.dtype, 0)
     # Compiled graphs keep PyTorch's own operator: inductor fuses around it.
     if by_products and not torch.compiler.is_compiling():
-        return _AttentionByProducts.apply(qkv, num_heads, head_dim**-0.5)
-    q, k, v = qkv.view(batch, tokens, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-    return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width // 3)
+        out = _AttentionByProducts.apply(qkv, num_heads, head_dim**-0.5)
+        return out if last is None else out[:, -last:]
+    # Split along the last axis: the backward pass then writes the three gradients side by side in one copy, where the
+    # usual permute and unbind take two.
+    q, k, v = (part.view(batch, tokens, num_heads, head_dim).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+    if last is not None:
+        q = q[:, :, -last:]
+    return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class FastAttention(Attention):
@@ -92,8 +101,10 @@ class FastAttention(Attention):
     What it does not speed up (attention masks, attention dropout in training, query and key norms) goes through timm.
     """
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Self-attention over tokens; x is (batch, tokens, width)."""
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, last: int | None = None
+    ) -> Tensor:
+        """Self-attention over tokens; x is (batch, tokens, width). `last` as in `attention`."""
         plain = (
             attn_mask is None
             and not is_causal
@@ -103,9 +114,27 @@ class FastAttention(Attention):
             and getattr(self, "gate", None) is None
         )
         if not plain:
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        x = attention(self.qkv(x), self.num_heads)
+            x = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            return x if last is None else x[:, -last:]
+        x = attention(self.qkv(x), self.num_heads, last)
         return self.proj_drop(self.proj(self.norm(x)))
+
+
+class LastTokensBlock(Block):
+    """timm's transformer `Block`, for where only the last tokens it gives are read: it computes no others.
+
+    Keys and values still come from all tokens, so that the result and its gradients are the full block's.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        accelerate(self)
+
+    def forward(self, x: Tensor, last: int) -> Tensor:  # type: ignore[override]
+        """The last `last` tokens after the block; x is (batch, tokens, width)."""
+        attended = self.drop_path1(self.ls1(self.attn(self.norm1(x), last=last)))
+        x = x[:, -last:] + attended
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 def accelerate(model: nn.Module) -> list[str]:

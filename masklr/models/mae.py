@@ -75,7 +75,7 @@ class MaskedAutoencoder(nn.Module):
         from timm.layers import build_sincos2d_pos_embed
         from timm.models.vision_transformer import Block
 
-        from masklr.models.attention import accelerate
+        from masklr.models.attention import LastTokensBlock, accelerate
 
         if decoder_dim % decoder_heads:
             raise ValueError(f"Expected `decoder_heads` to divide `decoder_dim`={decoder_dim}, got {decoder_heads}.")
@@ -101,9 +101,9 @@ class MaskedAutoencoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
         positions = build_sincos2d_pos_embed(list(self.grid), decoder_dim).float()
         self.register_buffer("decoder_positions", positions.unsqueeze(0), persistent=False)
-        self.decoder_blocks = nn.Sequential(
-            *(Block(decoder_dim, decoder_heads, qkv_bias=True) for _ in range(decoder_depth))
-        )
+        # Of the last block only the masked tokens are read.
+        kinds = [Block] * (decoder_depth - 1) + [LastTokensBlock]
+        self.decoder_blocks = nn.ModuleList(kind(decoder_dim, decoder_heads, qkv_bias=True) for kind in kinds)
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_head = nn.Linear(decoder_dim, self.in_chans * self.patch_size[0] * self.patch_size[1])
         nn.init.normal_(self.mask_token, std=0.02)
@@ -176,11 +176,13 @@ class MaskedAutoencoder(nn.Module):
         positions_NE = self.decoder_positions[0]
         # Sums with float32 positions are float32 under autocast too, so the residual stream loses nothing to bf16.
         visible_BVE = tokens[:, num_prefix:] + nn.functional.embedding(visible, positions_NE)
-        masked_BME = nn.functional.embedding(masked, self.mask_token[0] + positions_NE)
+        masked_BME = self.mask_token + nn.functional.embedding(masked, positions_NE)
         # Attention does not depend on the order of tokens, so nothing is shuffled back into the image's order.
         tokens = torch.cat([tokens[:, :num_prefix].to(visible_BVE.dtype), visible_BVE, masked_BME], dim=1)
-        tokens = self.decoder_blocks(tokens)[:, -masked.shape[1] :]
-        return self.decoder_head(self.decoder_norm(tokens))
+        *blocks, last_block = self.decoder_blocks
+        for block in blocks:
+            tokens = block(tokens)
+        return self.decoder_head(self.decoder_norm(last_block(tokens, masked.shape[1])))
 
     def target(self, images: Float[Tensor, "B C H W"], masked: Int[Tensor, "B M"]) -> Float[Tensor, "B M X"]:
         """What `decode` should predict: masked patches, normalized by their own mean and deviation if `norm_pixels`."""

@@ -4,10 +4,11 @@ import pytest
 import timm
 import torch
 from timm.layers import Attention
+from timm.models.vision_transformer import Block
 from torch import nn
 
 from masklr.models import attention as module
-from masklr.models.attention import FastAttention, accelerate, attention
+from masklr.models.attention import FastAttention, LastTokensBlock, accelerate, attention
 
 
 def twins(seed=0, width=24, **options):
@@ -80,7 +81,10 @@ def test_gradient_is_that_of_finite_differences():
     assert torch.autograd.gradcheck(lambda x: function(x, 3, 0.7), (qkv,))
 
 
-@pytest.mark.parametrize("options", [{"qk_norm": True}, {"scale_norm": True}, {"gated": True}, {"attn_drop": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [{"qk_norm": True, "norm_layer": nn.LayerNorm}, {"scale_norm": True}, {"gated": True}, {"attn_drop": 0.5}],
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_options_of_timm_keep_their_meaning(options, training):
     if "qk_norm" in options or "scale_norm" in options:
@@ -131,3 +135,34 @@ def test_accelerate_names_the_layers_it_changes_and_leaves_subclasses_alone():
     assert list(model.state_dict()) == keys
     assert [id(p) for p in model.parameters()] == parameters
     assert accelerate(model) == []
+
+
+@pytest.mark.parametrize("tokens", [7, 81])
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "norm_layer": nn.LayerNorm}])
+def test_last_tokens_are_those_of_the_whole_sequence(tokens, options):
+    _, ours = twins(**options)
+    x = torch.randn(3, tokens, 24)
+    torch.testing.assert_close(ours(x, last=3), ours(x)[:, -3:])
+
+
+@pytest.mark.parametrize("tokens", [9, 70])
+def test_block_of_last_tokens_equals_timms_block(tokens):
+    torch.manual_seed(0)
+    theirs = Block(24, 3, qkv_bias=True)
+    ours = LastTokensBlock(24, 3, qkv_bias=True)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(2, tokens, 24)
+    grads = []
+    for run in (lambda x: theirs(x)[:, -5:], lambda x: ours(x, 5)):
+        leaf = x.clone().requires_grad_()
+        out = run(leaf)
+        grads.append(
+            [
+                out,
+                *torch.autograd.grad(
+                    out.square().sum(), [leaf, *theirs.parameters(), *ours.parameters()], allow_unused=True
+                ),
+            ]
+        )
+    for a, b in zip(*([g for g in side if g is not None] for side in grads), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
