@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with linear learning rate scaling, warm-up and cosine decay by step.
+    """AdamW or SGD with linear learning rate scaling, warm-up and cosine decay by step.
 
     Biases, norms, tokens and positions (every parameter with fewer than two axes, or that the model names in
     `no_weight_decay()`) are not decayed.
@@ -20,11 +20,14 @@ class Optim:
     Args:
         base_lr: Learning rate for 256 images a step; the peak is base_lr * global batch / 256, where the global batch
             counts all processes and accumulated batches.
-        weight_decay: Decoupled weight decay, 0 or more.
+        weight_decay: Weight decay, 0 or more: decoupled for `adamw`; for `sgd` a part of the gradient, which makes it
+            the gradient of weight_decay / 2 * |w|^2.
         betas: Decay rates of AdamW's moment estimates, each in [0, 1).
         warmup: Linear warm-up: a number of steps if 1 or more, otherwise the share of all steps.
         schedule: What follows the warm-up: `cosine` to `min_lr_ratio`, or `constant`.
         min_lr_ratio: Where the cosine ends, as a share of the peak, in [0, 1].
+        optimizer: `adamw` or `sgd`.
+        momentum: Momentum of `sgd`, in [0, 1).
 
     Raises:
         ValueError: A value outside its range.
@@ -40,6 +43,8 @@ class Optim:
     warmup: float = 0.05
     schedule: Literal["cosine", "constant"] = "cosine"
     min_lr_ratio: float = 0.0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.base_lr > 0:
@@ -52,6 +57,12 @@ class Optim:
             raise ValueError(f"Expected `min_lr_ratio` in [0, 1], got {self.min_lr_ratio}.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"Expected `betas` in [0, 1), got {self.betas}.")
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"Expected `optimizer` adamw or sgd, got {self.optimizer!r}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"Expected `momentum` in [0, 1), got {self.momentum}.")
+        if self.momentum and self.optimizer == "adamw":
+            raise ValueError(f"Expected no `momentum` with adamw, which has `betas`, got {self.momentum}.")
 
     def peak_lr(self, global_batch: int) -> float:
         """The learning rate after warm-up, for a number of images a step."""
@@ -73,20 +84,24 @@ class Optim:
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def configure(self, module: nn.Module, trainer: pl.Trainer) -> OptimizerLRSchedulerConfig:
-        """What `configure_optimizers` returns: AdamW on decayed and not decayed parameters, scheduled by step."""
+        """What `configure_optimizers` returns: the optimizer of decayed and other parameters, by step."""
         total_steps = planned_steps(trainer)
         if math.isinf(total_steps) and (self.schedule == "cosine" or 0 < self.warmup < 1):
             raise ValueError(
                 "Expected `max_steps` or `max_epochs` of the trainer to be set: the schedule needs the run's length."
             )
         decayed, not_decayed = parameter_groups(module)
-        optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": self.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}],
-            lr=self.peak_lr(global_batch_size(trainer)),
-            betas=self.betas,
-            # One kernel for all parameters. Lightning cannot clip gradients of a fused optimizer under mixed precision.
-            fused=not trainer.gradient_clip_val,
-        )
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
+        # One kernel for all parameters. Lightning cannot clip gradients of a fused optimizer under mixed precision.
+        options: dict[str, Any] = {
+            "lr": self.peak_lr(global_batch_size(trainer)),
+            "fused": not trainer.gradient_clip_val,
+        }
+        optimizer: torch.optim.Optimizer
+        if self.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(groups, betas=self.betas, **options)
+        else:
+            optimizer = torch.optim.SGD(groups, momentum=self.momentum, **options)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

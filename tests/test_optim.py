@@ -141,6 +141,21 @@ def test_decay_reaches_the_optimizer(make_trainer, tmp_path):
     ]
 
 
+def test_sgd_takes_the_step_of_its_formula_with_decay_in_the_gradient(make_trainer, tmp_path):
+    torch.manual_seed(0)
+    optim = Optim(optimizer="sgd", base_lr=3.2, weight_decay=0.3, momentum=0.5, schedule="constant", warmup=0)
+    module = Line(optim)
+    weight, bias, (a, b) = module.layer.weight.detach().clone(), module.layer.bias.detach().clone(), (0.0, 0.0)
+    make_trainer(tmp_path, max_steps=3, logger=False).fit(module, loader())
+    lr = 3.2 * 8 / 256
+    for _ in range(3):
+        gradient = 2 * (weight.sum() + bias)  # of the square at inputs of one
+        a, b = 0.5 * a + gradient + 0.3 * weight, 0.5 * b + gradient
+        weight, bias = weight - lr * a, bias - lr * b
+    torch.testing.assert_close(module.layer.weight.detach(), weight)
+    torch.testing.assert_close(module.layer.bias.detach(), bias)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -150,8 +165,11 @@ def test_decay_reaches_the_optimizer(make_trainer, tmp_path):
         {"warmup": -1.0},
         {"min_lr_ratio": 1.5},
         {"betas": (0.9, 1.0)},
+        {"optimizer": "adam"},
+        {"momentum": 1.0, "optimizer": "sgd"},
+        {"momentum": 0.9},
     ],
 )
 def test_values_outside_their_range_raise(options):
-    with pytest.raises(ValueError, match=f"Expected `{next(iter(options))}`"):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
         Optim(**options)
