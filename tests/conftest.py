@@ -10,7 +10,10 @@ torch.set_num_threads(1)
 
 # Before masklr is imported. An int is a float, as everywhere in Python's annotations.
 jaxtyping.install_import_hook(
-    [f"masklr.{room}" for room in ("masks", "decompositions", "spectra", "moments", "matrices", "probes", "models")],
+    [
+        f"masklr.{room}"
+        for room in ("masks", "decompositions", "spectra", "moments", "matrices", "probes", "theory", "models")
+    ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
