@@ -6,6 +6,7 @@ from masklr.data.digits import Digits
 from masklr.data.images import TorchvisionImages
 from masklr.data.loading import ImageData
 from masklr.data.shards import ShardedImages
+from masklr.data.synthetic import Synthetic
 
 __all__ = [
     "Digits",
@@ -15,5 +16,6 @@ __all__ = [
     "RandomResizedCrop",
     "SampleError",
     "ShardedImages",
+    "Synthetic",
     "TorchvisionImages",
 ]
