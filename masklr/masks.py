@@ -1,15 +1,17 @@
 """Draw what is kept (units, weights, blocks) and what is visible (patches).
 
-Every function is pure in its random numbers: a `torch.Generator`, or for `fixed_patch_split` a seed and the position
-of the sample. Draws are in float32, since a bfloat16 draw has a grid of 2^-8 and so a wrong probability.
+Every function is pure in its random numbers: a `torch.Generator`, for `weight_keep` a seed, for `fixed_patch_split` a
+seed and the position of the sample. Draws are in float32 or 16-bit integers, since a bfloat16 draw has a grid of 2^-8
+and so a wrong probability.
 """
 
 import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int, Int64
+from jaxtyping import Bool, Float32, Int, Int16, Int64, Shaped
 from torch import Tensor
 
 Strategy = Literal["random", "block", "grid"]
@@ -94,6 +96,62 @@ def block_keep(
         raise ValueError(f"Expected `block_size` to divide the last size of `shape` {shape}, got {block_size}.")
     blocks = unit_keep((*shape[:-1], shape[-1] // block_size), p, generator=generator, device=device)
     return blocks.unsqueeze(-1).expand(*blocks.shape, block_size).reshape(shape)
+
+
+def kept_share(p: float) -> float:
+    """Probability with which `weight_keep` keeps an entry: 1 - p, with p rounded to a multiple of 2^-16.
+
+    Never 0. Divide by it for a mask of mean one.
+
+    Args:
+        p: Probability that an entry is dropped, in [0, 1).
+
+    Raises:
+        ValueError: `p` is outside [0, 1).
+
+    Example:
+        >>> kept_share(0.75), round(1 - kept_share(0.1), 6)
+        (0.25, 0.100006)
+    """
+    return 1 - _num_dropped_draws(p) / 2**16
+
+
+def weight_keep(
+    shape: Sequence[int],
+    p: float,
+    *,
+    seed: int,
+    device: torch.device | str | None = None,
+    out: Tensor | None = None,
+) -> Shaped[Tensor, "..."]:
+    """Independent Bernoulli mask as a function of a seed: for masks too many to keep, which are made again instead.
+
+    Each entry is kept with probability `kept_share(p)`. Several times faster than `unit_keep` on CPU: drawing masks is
+    what DropConnect costs. The masks of one seed differ between kinds of devices.
+
+    Args:
+        shape: Shape of the mask.
+        p: Probability that an entry is dropped, in [0, 1).
+        seed: From 0 to 2^63 - 1; other seeds, neighbours included, give independent masks.
+        device: Where the mask is made; the CPU when None.
+        out: A tensor of that shape, on that device, to write to: 1 where kept, 0 where dropped.
+
+    Returns:
+        `out`, or a boolean tensor, True where kept.
+
+    Raises:
+        ValueError: `p` is outside [0, 1).
+
+    Example:
+        >>> torch.equal(weight_keep((8, 9), 0.5, seed=3), weight_keep((8, 9), 0.5, seed=3))
+        True
+
+    Reference:
+        Wan et al., "Regularization of neural networks using DropConnect", ICML 2013.
+    """
+    first_kept = _num_dropped_draws(p) - 2**15
+    draws = _uniform_int16(math.prod(shape), seed, torch.device(device or "cpu")).view(*shape)
+    return draws >= first_kept if out is None else torch.ge(draws, first_kept, out=out)
 
 
 def num_masked(num_patches: int, mask_ratio: float) -> int:
@@ -216,6 +274,30 @@ def _uniform(
     if device is None and generator is not None:
         device = generator.device
     return torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
+
+
+def _num_dropped_draws(p: float) -> int:
+    """How many of the 2^16 values of a draw mean dropped."""
+    if not 0 <= p < 1:
+        raise ValueError(f"Expected `p` in [0, 1), got {p}.")
+    return min(round(p * 2**16), 2**16 - 1)
+
+
+def _uniform_int16(count: int, seed: int, device: torch.device) -> Int16[Tensor, " count"]:
+    if device.type == "cpu":
+        return _numpy_int16(count, seed)
+    return _torch_int16(count, seed, device)
+
+
+def _numpy_int16(count: int, seed: int) -> Int16[Tensor, " count"]:
+    # Four draws from each 64-bit word: eight times as fast as torch's own generator.
+    words = np.random.SFC64(seed).random_raw(-(-count // 4))
+    return torch.from_numpy(words.view(np.int16))[:count]
+
+
+def _torch_int16(count: int, seed: int, device: torch.device) -> Int16[Tensor, " count"]:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randint(-(2**15), 2**15, (count,), generator=generator, device=device, dtype=torch.int16)
 
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the increment of SplitMix64
