@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
+from masklr.layers import DropConnectLinear, GroupDropout
 from masklr.masks import block_keep, num_masked, patch_split
 
 
@@ -76,8 +77,6 @@ class DeepLinear(nn.Module):
         self.layers, self.dropouts = nn.ModuleList(), nn.ModuleList()
         drops = _one_each(p, len(sizes) - (1 if mask == "dropconnect" else 2))
         if mask == "dropconnect":
-            from masklr.layers import DropConnectLinear
-
             for (inputs, outputs), drop in zip(pairwise(sizes), drops, strict=True):
                 self.layers.append(DropConnectLinear(inputs, outputs, bias=False, p=drop, per=per))
         else:
@@ -88,8 +87,6 @@ class DeepLinear(nn.Module):
     def _dropout(self, p: float) -> nn.Module:
         if self.mask == "dropout":
             return nn.Dropout(p)
-        from masklr.layers import GroupDropout
-
         return GroupDropout(p, self.group_size)
 
     def _take_input_mask(self, kind: str, p: float, patch_size: int, exact_count: bool) -> None:
@@ -103,8 +100,9 @@ class DeepLinear(nn.Module):
             raise ValueError(f"Expected `patch_size` only beside `input_mask` patches, got {patch_size} beside {kind}.")
         if patch_size < 1 or self.sizes[0] % patch_size:
             raise ValueError(f"Expected `patch_size` to divide the {self.sizes[0]} inputs, got {patch_size}.")
-        if exact_count:
-            num_masked(self.sizes[0] // patch_size, p)  # raises where nothing would be left
+        num_patches = self.sizes[0] // patch_size
+        if exact_count and not 0 < round(num_patches * p) < num_patches:
+            raise ValueError(f"Expected `input_p` to mask some and keep some of {num_patches} exactly, got {p}.")
         self.input_mask, self.input_p, self.patch_size, self.exact_count = kind, p, patch_size, exact_count
 
     def _initialize(self, init: str, scale: float, seed: int | None) -> None:

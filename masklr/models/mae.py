@@ -4,7 +4,6 @@ Shape suffixes: B batch, C channels, H W pixels, N patches, V visible patches, M
 tokens (class and registers), D encoder width, E decoder width, X pixels of a patch (C x patch height x patch width).
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from masklr.masks import Strategy, num_masked, patch_split
-from masklr.names import did_you_mean
+from masklr.models.timm_models import check_size, pair, timm_model
 
 Split = tuple[Tensor, Tensor]  # indices of visible patches (B, V), of masked patches (B, M)
 
@@ -113,10 +112,7 @@ class MaskedAutoencoder(nn.Module):
 
     def check_size(self, images: Tensor) -> None:
         """Raise unless images (B, C, H, W) have the channels and the size that the model was built for."""
-        if tuple(images.shape[1:]) != (self.in_chans, *self.image_size):
-            expected = " x ".join(str(size) for size in (self.in_chans, *self.image_size))
-            found = " x ".join(str(size) for size in images.shape[1:])
-            raise ValueError(f"Expected images of {expected} (channels x height x width), got {found}.")
+        check_size(images, self.in_chans, self.image_size)
 
     def patchify(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N X"]:
         """Patches in rows, each in the order (channel, y, x), the order of the patch embedding's weights."""
@@ -246,13 +242,6 @@ def init_as_in_paper(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def pair(size: int | Sequence[int] | None) -> tuple[int, int] | None:
-    """(height, width) of a size that may be one number."""
-    if size is None:
-        return None
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
 def named_encoder(
     name: str,
     image_size: int | tuple[int, int] | None,
@@ -261,12 +250,8 @@ def named_encoder(
     encoder_args: dict[str, Any],
 ) -> Any:
     """A timm vision transformer by name, without a head, for these sizes."""
-    import timm
     from timm.layers import build_sincos2d_pos_embed
 
-    if not timm.is_model(name):
-        hint = did_you_mean(name, timm.list_models("vit_*"))
-        raise ValueError(f"Expected `encoder` to be the name of a timm vision transformer, got {name!r}{hint}")
     image, patch = pair(image_size), pair(patch_size)
     if image and patch:
         _check_divides(image, patch)
@@ -276,12 +261,7 @@ def named_encoder(
     pooling = {"global_pool": "token" if encoder_args.get("class_token", True) else "avg", "fc_norm": False}
     given = {argument: value for argument, value in sizes.items() if value is not None}
     options: dict[str, Any] = {"num_classes": 0, **given, **pooling, **encoder_args}
-    try:
-        encoder: Any = timm.create_model(name, **options)
-    except (TypeError, AssertionError, RuntimeError) as error:
-        raise ValueError(
-            f"timm cannot build `encoder` {name!r} with these sizes and `encoder_args`: {error}"
-        ) from error
+    encoder = timm_model("encoder", name, options, family="vit_*")
     _check_vision_transformer(encoder)
     if not encoder_args.get("pretrained"):
         encoder.apply(init_as_in_paper)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from masklr.theory.penalties import covariance_penalty, deep_dropout_penalty, dropblock_penalty, dropconnect_penalty
+from masklr.theory import covariance_penalty, deep_dropout_penalty, dropblock_penalty, dropconnect_penalty
 
 
 class MaskPenalty:

@@ -8,8 +8,11 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from masklr.layers import LayerFactory, insert
 from masklr.masks import fixed_patch_split, patch_split
 from masklr.optim import Optim
+from masklr.tasks.normalization import Normalization
+from masklr.tasks.split_metrics import log_split
 
 
 class Pretraining(pl.LightningModule):
@@ -25,6 +28,8 @@ class Pretraining(pl.LightningModule):
     Args:
         model: A `masklr.models.MaskedAutoencoder`.
         optim: Optimizer and schedule.
+        masks: Masks or low-rank layers to put into the model: factories of `masklr.layers` by patterns of names in
+            `model.named_modules()`, such as `encoder.blocks.*.mlp.fc2` (`*` does not cross a dot, `**` does).
         augmentation: Modules applied in order to training batches, random ones drawn inside the step: masklr's batched
             `RandomHorizontalFlip`, `RandomCrop`, `RandomResizedCrop`, or torchvision v2 transforms (one draw a batch).
         mean: Mean of each channel, of images in [0, 1]; one value serves all channels.
@@ -34,16 +39,15 @@ class Pretraining(pl.LightningModule):
         compile: Whether to compile the model with `torch.compile`.
 
     Raises:
-        ValueError: A standard deviation that is not positive; channel counts that differ.
+        ValueError: A standard deviation that is not positive; channel counts that differ; a pattern of `masks` that
+            matches nothing, or a layer that can't be masked.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
         model: nn.Module,
         optim: Optim = Optim(),  # noqa: B008 (frozen)
+        masks: dict[str, LayerFactory] | None = None,
         augmentation: list[nn.Module] | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
@@ -51,20 +55,13 @@ class Pretraining(pl.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        mean, std = mean or [0.5], std or [0.5]
+        self.normalization = Normalization(mean, std, model.in_chans)  # type: ignore[arg-type]
+        insert(model, masks or {})
         self.model: Any = model
-        if min(std) <= 0:
-            raise ValueError(f"Expected `std` above 0, got {std}.")
-        in_chans: Any = model.in_chans
-        allowed = " or ".join(str(count) for count in sorted({1, in_chans}))
-        for argument, values in (("mean", mean), ("std", std)):
-            if len(values) not in (1, in_chans):
-                raise ValueError(f"Expected `{argument}` of {allowed} values (channels), got {values}.")
         self.optim = optim
         self.augmentation = nn.Sequential(*(augmentation or []))
         self.mask_seed = mask_seed
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.val_mask_ratio: Any = model.mask_ratio  # stays when a schedule moves that of training
         self.losses: Any = nn.ModuleDict({name: MeanMetric() for name in ("loss", "loss_of_patch_means")})
         self._seen = 0
         if compile:
@@ -74,8 +71,7 @@ class Pretraining(pl.LightningModule):
     def prepared(self, images: Tensor) -> Tensor:
         """Normalized float images of a batch as the loader gives it."""
         self.model.check_size(images)  # before a mean of three channels makes three of one
-        scale = 255.0 if images.dtype == torch.uint8 else 1.0
-        return (images / scale - self.mean) / self.std
+        return self.normalization(images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Encoder tokens (B, P + N, D) of unmasked images (B, C, H, W)."""
@@ -110,25 +106,11 @@ class Pretraining(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over the whole split, over all processes."""
-        self._log_losses("val")
+        log_split(self, "val", self.losses)
 
     def on_test_epoch_end(self) -> None:
         """Log the mean over the whole split, over all processes."""
-        self._log_losses("test")
-
-    def _log_losses(self, split: str) -> None:
-        metrics = {f"{split}/{name}": metric for name, metric in self.losses.items()}
-        if not self.trainer.sanity_checking:
-            # Lightning's own count is one short here: it stands at the index of the last batch.
-            self.log_dict({**metrics, "step": float(self.trainer.global_step)})
-            return
-        values = {key: metric.compute().item() for key, metric in metrics.items()}
-        for metric in self.losses.values():
-            metric.reset()
-        # A sanity check of the whole split is the measurement at step 0, which Lightning computes and then discards.
-        if self.trainer.num_sanity_val_steps == float("inf"):
-            for logger in self.loggers:
-                logger.log_metrics(values, step=0)
+        log_split(self, "test", self.losses)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Features (B, D), the mean over patch tokens, with the labels and positions that the batch has."""
@@ -146,13 +128,13 @@ class Pretraining(pl.LightningModule):
         if positions is None:
             positions = torch.arange(len(images), device=images.device)
         hidden, reconstruction = self.model.reconstruct(self.prepared(images), self.fixed_split(positions))
-        hidden, reconstruction = ((picture * self.std + self.mean).clamp(0, 1) for picture in (hidden, reconstruction))
-        return hidden, reconstruction
+        return self.normalization.inverse(hidden), self.normalization.inverse(reconstruction)
 
     def fixed_split(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Visible and masked patches of the samples at these positions; the same whenever they are asked for."""
-        model = self.model
-        return fixed_patch_split(positions, model.grid, model.mask_ratio, seed=self.mask_seed, strategy=model.strategy)
+        return fixed_patch_split(
+            positions, self.model.grid, self.val_mask_ratio, seed=self.mask_seed, strategy=self.model.strategy
+        )
 
     def positions(self, batch: Any) -> Tensor:
         """Positions of a batch's samples in their split: its third element, or counted where a loader gives none."""
@@ -164,5 +146,5 @@ class Pretraining(pl.LightningModule):
         return count * self.trainer.world_size + self.trainer.global_rank
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW and its schedule."""
+        """The optimizer and its schedule."""
         return self.optim.configure(self, self.trainer)

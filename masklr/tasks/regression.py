@@ -7,6 +7,7 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from masklr.layers import LayerFactory, insert
 from masklr.optim import Optim
 from masklr.tasks.mask_penalty import MaskPenalty, closed_form_problem
 from masklr.tasks.split_metrics import log_split
@@ -25,6 +26,8 @@ class Regression(pl.LightningModule):
     Args:
         model: Any module that maps x to y; a `DeepLinear` for the closed form and for masked inputs.
         optim: Optimizer and schedule.
+        masks: Masks or low-rank layers to put into the model: factories of `masklr.layers` by patterns of names in
+            `model.named_modules()`, such as `layers.0` (`*` does not cross a dot, `**` does).
         penalty: `sampled`: masks are drawn. `closed_form`: none are; the penalty that they induce in expectation is
             added to the loss instead, for the second moment of the inputs that the data module states. It is computed
             in float64 and added in the precision of the loss.
@@ -42,6 +45,7 @@ class Regression(pl.LightningModule):
         self,
         model: nn.Module,
         optim: Optim = Optim(),  # noqa: B008 (frozen)
+        masks: dict[str, LayerFactory] | None = None,
         penalty: Literal["sampled", "closed_form"] = "sampled",
         loss_on: Literal["all", "masked"] = "all",
     ) -> None:
@@ -50,11 +54,13 @@ class Regression(pl.LightningModule):
             raise ValueError(f"Expected `penalty` sampled or closed_form, got {penalty!r}.")
         if loss_on not in ("all", "masked"):
             raise ValueError(f"Expected `loss_on` all or masked, got {loss_on!r}.")
-        self._problem = closed_form_problem(model) or ("`loss_on` masked" if loss_on == "masked" else None)
+        others = {"`masks` put into the model": bool(masks), "`loss_on` masked": loss_on == "masked"}
+        self._problem = closed_form_problem(model) or next((name for name, given in others.items() if given), None)
         if penalty == "closed_form" and self._problem:
             raise ValueError(f"Expected `penalty` sampled, since there is no closed form for {self._problem}.")
         if loss_on == "masked":
             _check_masked_inputs(model)
+        insert(model, masks or {})
         self.model: Any = model
         self.optim, self.penalty, self.loss_on = optim, penalty, loss_on
         self.metrics: Any = nn.ModuleDict({name: MeanMetric() for name in ("loss", "objective")})

@@ -1,0 +1,127 @@
+"""Classification with cross-entropy."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
+
+from masklr.layers import LayerFactory, insert
+from masklr.optim import Optim
+from masklr.tasks.normalization import Normalization
+from masklr.tasks.split_metrics import log_split
+
+
+class Classification(pl.LightningModule):
+    """Train a classifier of images, from scratch or fine-tuned, with or without masks.
+
+    Batches are `(images, labels, positions)` as masklr's data modules give them, or any tuple that begins with images
+    and labels. Images are uint8, or floats in [0, 1]; augmentation and normalization happen here, in batches, on the
+    training device. `forward` is the evaluation path: logits (B, classes) of unaugmented images.
+
+    Logged: `train/loss`, with masks, augmentation and label smoothing; `train/accuracy`; and `val/loss` (without any of
+        these), `val/accuracy`, over the whole split. Accuracies are shares, in [0, 1].
+
+    Args:
+        model: Any module that maps images to logits: a `masklr.models.Classifier`, an `MLP`.
+        optim: Optimizer and schedule.
+        masks: Masks or low-rank layers to put into the model: factories of `masklr.layers` by patterns of names in
+            `model.named_modules()`, such as `backbone.blocks.*.mlp.fc2` (`*` does not cross a dot, `**` does).
+        augmentation: Modules applied in order to training batches, random ones drawn inside the step: masklr's batched
+            `RandomHorizontalFlip`, `RandomCrop`, `RandomResizedCrop`, or torchvision v2 transforms (one draw a batch).
+        mean: Mean of each channel, of images in [0, 1]; one value serves all channels.
+        std: Standard deviation of each channel.
+        label_smoothing: Share of the target that goes to all classes alike in training, in [0, 1).
+        compile: Whether to compile the model with `torch.compile`.
+
+    Raises:
+        ValueError: A value outside its range; a pattern that matches nothing, or a layer that can't be masked; data of
+            another number of classes, when training or evaluation begins.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optim: Optim = Optim(),  # noqa: B008 (frozen)
+        masks: dict[str, LayerFactory] | None = None,
+        augmentation: list[nn.Module] | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        label_smoothing: float = 0.0,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"Expected `label_smoothing` in [0, 1), got {label_smoothing}.")
+        self.normalization = Normalization(mean, std, getattr(model, "in_chans", None))
+        insert(model, masks or {})
+        self.model: Any = model
+        self.optim, self.label_smoothing = optim, label_smoothing
+        self.augmentation = nn.Sequential(*(augmentation or []))
+        self.metrics: Any = nn.ModuleDict({name: MeanMetric() for name in ("loss", "accuracy")})
+        if compile:
+            # In place: state_dict keys stay.
+            self.model.compile()
+
+    def setup(self, stage: str) -> None:
+        """Compare the number of classes with that of the data."""
+        of_data = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        own = getattr(self.model, "num_classes", None)
+        if None not in (of_data, own) and own != of_data:
+            raise ValueError(f"Expected a `model` of as many classes as the data has, {of_data}, got {own}.")
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Normalized float images of a batch as the loader gives it."""
+        if hasattr(self.model, "check_size"):
+            self.model.check_size(images)  # before a mean of three channels makes three of one
+        return self.normalization(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W)."""
+        return self.model(self.prepared(images))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Cross-entropy of an augmented batch."""
+        labels = batch[1]
+        logits = self.model(self.prepared(self.augmentation(batch[0])))
+        loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/accuracy", accuracy(logits, labels))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Cross-entropy and accuracy, without label smoothing."""
+        labels, logits = batch[1], self(batch[0])
+        self.metrics["loss"].update(cross_entropy(logits, labels), weight=len(labels))
+        self.metrics["accuracy"].update(accuracy(logits, labels), weight=len(labels))
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean over the whole split, over all processes."""
+        log_split(self, "val", self.metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the mean over the whole split, over all processes."""
+        log_split(self, "test", self.metrics)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Logits (B, classes), with the labels and positions that the batch has."""
+        return {"logits": self(batch[0]), **dict(zip(("labels", "positions"), batch[1:], strict=False))}
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The optimizer and its schedule."""
+        return self.optim.configure(self, self.trainer)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of samples whose largest logit is that of their label.
+
+    Example:
+        >>> import torch
+        >>> accuracy(torch.tensor([[0.0, 1.0], [2.0, 1.0]]), torch.tensor([1, 1]))
+        tensor(0.5000)
+    """
+    return (logits.argmax(1) == labels).float().mean()
