@@ -1,5 +1,6 @@
 """Callbacks for any LightningModule; what each logs stands in its docstring."""
 
+from masklr.callbacks.mask_schedule import MaskSchedule
 from masklr.callbacks.probe import Probe
 from masklr.callbacks.reconstructions import Reconstructions
 from masklr.callbacks.representation_spectrum import RepresentationSpectrum
@@ -9,6 +10,7 @@ from masklr.callbacks.step_timing import StepTiming
 from masklr.callbacks.weight_spectrum import WeightSpectrum
 
 __all__ = [
+    "MaskSchedule",
     "Probe",
     "Reconstructions",
     "RepresentationSpectrum",
