@@ -34,9 +34,10 @@ def summary(folder: Path) -> str:
     steps = max((found[-1][0] for found in values.values()), default=0)
     lines = ["", f"{'':42}{'start':>10}{'end':>10}    step 0 and step {steps:,}"]
 
-    def row(label: str, key: str, form: str, note: str = "") -> None:
+    def row(label: str, key: str, form: str, note: str = "", scale: float = 1.0) -> None:
         if key in values:
             (first_step, first), (last_step, last) = values[key][0], values[key][-1]
+            first, last = scale * first, scale * last
             start = format(first, form) if first_step == 0 or len(values[key]) > 1 else ""
             # A run that stops between two validations ends with older values: say which.
             note = f"{note} (measured at step {last_step:,})" if last_step < steps else note
@@ -47,6 +48,8 @@ def summary(folder: Path) -> str:
 
     means = constant("val/loss_of_patch_means", ".3f", "predicting each patch's mean: {}")
     row("validation loss", "val/loss", ".3f", means)
+    row("validation accuracy, %", "val/accuracy", ".1f", scale=100)
+    row("objective, with the masks' penalty", "val/objective", ".4f")
     pixels = constant("probe/pixels/accuracy", ".1f", "raw pixels: {}")
     for key in values:
         what, _, measure = key.rpartition("/")

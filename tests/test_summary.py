@@ -72,3 +72,10 @@ def test_value_older_than_the_run_says_when_it_was_measured(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,val/loss,train/loss\n0,2.0,\n4,1.0,\n7,,0.5\n")
     text = summary(tmp_path)
     assert "measured at step 4" in line(text, "validation loss")
+
+
+def test_accuracy_is_shown_in_percent_and_the_objective_as_it_is(tmp_path):
+    write(tmp_path, "0,0.1,19.5", "200,0.9871,19.25", header="step,val/accuracy,val/objective\n")
+    text = summary(tmp_path)
+    assert line(text, "validation accuracy, %").split()[-2:] == ["10.0", "98.7"]
+    assert line(text, "objective, with the masks' penalty").split()[-2:] == ["19.5000", "19.2500"]
