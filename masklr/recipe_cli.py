@@ -131,8 +131,8 @@ class RecipeCLI(LightningCLI):
                 print(f"predictions: {path}", flush=True)
 
 
-def run(arguments: list[str]) -> None:
-    """Run a command line. A run that fails before its first step leaves no folder behind."""
+def run(arguments: list[str]) -> Path:
+    """Run a command line; returns the run's folder. A run that fails before its first step leaves none behind."""
     _quiet()
     cli = RecipeCLI.__new__(RecipeCLI)
     try:
@@ -144,6 +144,7 @@ def run(arguments: list[str]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     _finish_wandb(exit_code=0)
+    return cli.run_folder
 
 
 def _quiet() -> None:
