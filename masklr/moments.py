@@ -47,7 +47,8 @@ class Moments(NamedTuple):
             centered: Whether the mean is subtracted from the samples first.
 
         Returns:
-            min(N, d) values, descending, in float64. Those below some 1e-7 of the largest are read as zero.
+            min(N, d) values, descending, in float64. Those below some 1e-7 of the largest, or a millionth of what centering
+            takes away, are read as zero.
 
         Raises:
             ValueError: `centered` with fewer than two samples.
@@ -55,7 +56,9 @@ class Moments(NamedTuple):
         num_samples = int(self.count)
         if centered and num_samples < 2:
             raise ValueError(f"Expected at least 2 samples to center, got {num_samples}.")
-        sigma = singular_values_from_gram(self.centered_gram if centered else self.gram)
+        # Centering subtracts two numbers of the size of the uncentered ones, and leaves their rounding.
+        offset = self.count * self.mean.square().sum() if centered else 0.0
+        sigma = singular_values_from_gram(self.centered_gram if centered else self.gram, float(offset))
         sigma[num_samples - centered :] = 0  # the rest is rounding: the samples have no more directions
         return sigma[:num_samples]
 
@@ -166,7 +169,7 @@ def gathered_summands(state: Tensor, group: Any = None) -> list[Tensor]:
     return [summand if summand.shape == size else state.new_zeros(size) for summand in gathered]
 
 
-def singular_values_from_gram(gram: Float[Tensor, "d d"]) -> Float64[Tensor, " d"]:
+def singular_values_from_gram(gram: Float[Tensor, "d d"], offset: float = 0.0) -> Float64[Tensor, " d"]:
     r"""Singular values of X from X^T X.
 
     .. math:: \sigma_i = \lambda_i(X^T X)^{1/2}
@@ -176,6 +179,8 @@ def singular_values_from_gram(gram: Float[Tensor, "d d"]) -> Float64[Tensor, " d
 
     Args:
         gram: Symmetric, positive semi-definite up to rounding.
+        offset: Largest eigenvalue of what was subtracted to center the Gram matrix, at least 0. Values below a millionth
+            of its root are read as zero too.
 
     Returns:
         d values, descending.
@@ -200,5 +205,6 @@ def singular_values_from_gram(gram: Float[Tensor, "d d"]) -> Float64[Tensor, " d
         # For a positive semi-definite matrix they are its singular values, which another solver finds.
         eigenvalues = torch.linalg.svdvals(gram)
     # Rounding of the sums and of the solver: up to some 8 units of the largest eigenvalue at d = 768.
-    floor = 10 * torch.finfo(torch.float64).eps * eigenvalues[0]
+    # What was subtracted had been summed over many samples: rounding adds up to some 600 units at 20,000 equal ones.
+    floor = 10 * torch.finfo(torch.float64).eps * eigenvalues[0] + 1e-12 * offset
     return torch.where(eigenvalues > floor, eigenvalues, 0).sqrt()

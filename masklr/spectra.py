@@ -3,6 +3,35 @@
 Measures are scalars in float64. They take singular values `sigma` (or, where said, eigenvalues: their squares, up to a
 factor) in any order, and raise where the number does not exist: an empty, negative or non-finite spectrum always, one
 that is zero for every measure but the norms.
+
+The same words mean other numbers elsewhere. Here every measure has one definition:
+
+===================  ===================================  ============================================================
+here                 elsewhere                            difference
+===================  ===================================  ============================================================
+effective_rank       entropy of sigma^2 / sum sigma^2     smaller: 2.94 instead of 3.60 for 4, 3, 2, 1. It is
+                     ("spectral", "von Neumann")          `effective_rank` of the squared values.
+effective_rank       of features that are not centered    an offset hides the rest. Callbacks center;
+                                                          `effective_rank_uncentered` does not.
+rankme               of centered features                 published numbers are of uncentered ones, and so is ours.
+rankme               of eigenvalues                       published numbers are of singular values.
+rankme               epsilon of 1e-5 instead of 1e-7      4,096 values of which one is not zero read 1.60, and
+                                                          decaying ones 1 to 9 % more.
+rankme               of a queue of training batches       stale, with augmentation and masks. Callbacks take the
+                                                          evaluation path over the whole validation split.
+stable_rank          called numerical rank                the same number.
+numerical_rank       `torch.linalg.matrix_rank`           counts above max(rows, cols) * eps(dtype) of the first:
+                                                          4.9e-4 at 4096 x 4096 in float32. Here above 1e-3.
+energy_rank          cumulative share of sigma            larger: here of sigma^2, which is the error of truncation.
+nuclear_rank         participation ratio of sigma         the same number.
+participation_ratio  of sigma                             here of eigenvalues, the squares of sigma.
+alpha_req            fitted over a chosen range           here from the first to the last above 1e-6 of the first in
+                                                          sigma; `first` and `last` choose.
+hill_alpha           WeightWatcher's alpha                a maximum likelihood fit above a threshold that is fitted
+                                                          too. Hill's takes the upper half. Both are density exponents.
+hill_alpha           exponent of the decay over rank      a decay of j^-a has a density exponent of 1 + 1/a.
+lidar                roots of the eigenvalues             here eigenvalues are normalized.
+===================  ===================================  ============================================================
 """
 
 import difflib
@@ -331,8 +360,13 @@ def spectral_norm(sigma: Float[Tensor, " r"]) -> Float64[Tensor, ""]:
 
 # ------------------------------------------------------------------------------------------------ power laws
 
+# Equal eigenvalues differ by rounding, from which Hill's estimate would read an exponent of 1e15.
+EQUAL = 1e-9
 
-def alpha_req(eigenvalues: Float[Tensor, " r"], first: int = 1, last: int | None = None) -> Float64[Tensor, ""]:
+
+def alpha_req(
+    eigenvalues: Float[Tensor, " r"], first: int = 1, last: int | None = None, rtol: float = 1e-12
+) -> Float64[Tensor, ""]:
     r"""Exponent of the decay of the eigenvalues, by least squares on logarithms.
 
     .. math:: \lambda_j \sim j^{-\alpha}, \qquad \log \lambda_j = c - \alpha \log j
@@ -341,15 +375,17 @@ def alpha_req(eigenvalues: Float[Tensor, " r"], first: int = 1, last: int | None
     the range of the fit matters.
 
     Args:
-        eigenvalues: Eigenvalues of the covariance, non-negative, in any order. Zeros are left out.
+        eigenvalues: Eigenvalues of the covariance, non-negative, in any order.
         first: First eigenvalue of the fit, counted from 1 at the largest.
-        last: Last eigenvalue of the fit; the last positive one when None.
+        last: Last eigenvalue of the fit; the last one above `rtol` when None.
+        rtol: Fraction of the largest eigenvalue up to which eigenvalues are left out, in [0, 1): singular values of a
+            millionth of the first, which rounding in a second moment does not yet spoil.
 
     Returns:
         A scalar, without unit.
 
     Raises:
-        ValueError: Fewer than two positive eigenvalues are in the range.
+        ValueError: Fewer than two eigenvalues above `rtol` are in the range.
 
     Example:
         >>> alpha_req(torch.arange(1.0, 101.0) ** -1.5)
@@ -359,18 +395,17 @@ def alpha_req(eigenvalues: Float[Tensor, " r"], first: int = 1, last: int | None
         Agrawal et al., "alpha-ReQ: assessing representation quality in self-supervised learning by measuring
         eigenspectrum decay", NeurIPS 2022.
     """
-    relative = _relative(eigenvalues, "eigenvalues").sort(descending=True).values
-    relative = relative[relative > 0]
+    relative = _tail(eigenvalues, rtol)
     last = len(relative) if last is None else min(last, len(relative))
     if first < 1 or last - first < 1:
-        raise ValueError(f"Expected two positive eigenvalues between `first` and `last`, got {first} and {last}.")
+        raise ValueError(f"Expected two eigenvalues above `rtol` between `first` and `last`, got {first} and {last}.")
     x = torch.arange(first, last + 1, dtype=torch.float64, device=relative.device).log()
     y = relative[first - 1 : last].log()
     x = x - x.mean()
     return -(x * y).sum() / x.square().sum()
 
 
-def hill_alpha(eigenvalues: Float[Tensor, " n"], k: int | None = None) -> Float64[Tensor, ""]:
+def hill_alpha(eigenvalues: Float[Tensor, " n"], k: int | None = None, rtol: float = 1e-12) -> Float64[Tensor, ""]:
     r"""Hill's estimate of the exponent of the density of the eigenvalues.
 
     .. math:: 1 + k \Big/ \sum_{i \le k} \log \frac{\lambda_{(i)}}{\lambda_{(k+1)}}
@@ -379,14 +414,16 @@ def hill_alpha(eigenvalues: Float[Tensor, " n"], k: int | None = None) -> Float6
     needs some 50 eigenvalues.
 
     Args:
-        eigenvalues: Eigenvalues (squared singular values of a weight), non-negative, in any order. Zeros are left out.
-        k: Number of largest eigenvalues in the tail; half of the positive ones when None.
+        eigenvalues: Eigenvalues (squared singular values of a weight), non-negative, in any order.
+        k: Number of largest eigenvalues in the tail; half of those above `rtol` when None.
+        rtol: Fraction of the largest eigenvalue up to which eigenvalues are left out, in [0, 1), as in `alpha_req`.
 
     Returns:
         A scalar, without unit.
 
     Raises:
-        ValueError: `k` is not below the number of positive eigenvalues, or the k + 1 largest are equal.
+        ValueError: `k` is not below the number of eigenvalues above `rtol`, or the k + 1 largest are equal up to
+            rounding.
 
     Example:
         >>> hill_alpha(torch.arange(1.0, 101.0) ** -1.5)
@@ -396,15 +433,14 @@ def hill_alpha(eigenvalues: Float[Tensor, " n"], k: int | None = None) -> Float6
         Hill, "A simple general approach to inference about the tail of a distribution", Annals of Statistics 1975;
         Martin and Mahoney, "Implicit self-regularization in deep neural networks", JMLR 2021.
     """
-    relative = _relative(eigenvalues, "eigenvalues").sort(descending=True).values
-    relative = relative[relative > 0]
+    relative = _tail(eigenvalues, rtol)
     tail = len(relative) // 2 if k is None else k
     if not 0 < tail < len(relative):
         raise ValueError(
-            f"Expected `k` from 1 to {len(relative) - 1}, one less than the positive eigenvalues, got {tail}."
+            f"Expected `k` from 1 to {len(relative) - 1}, one less than the eigenvalues above `rtol`, got {tail}."
         )
     log_ratio = (relative[:tail] / relative[tail]).log().sum()
-    if log_ratio <= 0:
+    if log_ratio <= EQUAL * tail:
         raise ValueError(f"Expected eigenvalues that differ, got {tail + 1} equal ones.")
     return 1 + tail / log_ratio
 
@@ -536,6 +572,8 @@ MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
     "spectral_norm": spectral_norm,
 }
 
+POWER_LAWS = ("alpha_req", "hill_alpha")  # measures of the tail, on singular values above 1e-6 of the first
+
 
 def check_measures(names: Iterable[str]) -> None:
     """Raise unless every name is one of `MEASURES` or `energy_rank_{percent}`.
@@ -565,7 +603,7 @@ def measures(sigma: Float[Tensor, " r"], names: Iterable[str]) -> dict[str, floa
 
     Returns:
         A number for each name, in that order. Of an exactly zero spectrum only the norms that were asked for: it has no
-        rank.
+        rank. Nor has a spectrum of one direction, or a flat one, the power law that `alpha_req` or `hill_alpha` fit.
 
     Raises:
         ValueError: A name is unknown, or the spectrum negative or not finite.
@@ -581,7 +619,15 @@ def measures(sigma: Float[Tensor, " r"], names: Iterable[str]) -> dict[str, floa
     sigma = _checked(sigma, "sigma").cpu()  # one transfer, instead of one a measure
     if not sigma.any():
         return {name: 0.0 for name in names if name.endswith("_norm")}
-    return {name: _measure(name)(sigma).item() for name in names}
+    return {name: _measure(name)(sigma).item() for name in names if not _lacks_power_law(name, sigma)}
+
+
+def _lacks_power_law(name: str, sigma: Tensor) -> bool:
+    if name not in POWER_LAWS:
+        return False
+    tail = _tail(sigma.square(), 1e-12)
+    k = len(tail) // 2
+    return len(tail) < 2 or (name == "hill_alpha" and bool((tail[:k] / tail[k]).log().mean() <= EQUAL))
 
 
 def _percent(name: str) -> int | None:
@@ -637,6 +683,14 @@ def _relative(values: Tensor, name: str) -> Tensor:
     if largest == 0:
         raise ValueError(f"Expected `{name}` with a value above zero, got {len(values)} zeros.")
     return values / largest
+
+
+def _tail(eigenvalues: Tensor, rtol: float) -> Tensor:
+    """Eigenvalues above a fraction of the largest, over the largest, descending."""
+    if not 0 <= rtol < 1:
+        raise ValueError(f"Expected `rtol` in [0, 1), got {rtol}.")
+    relative = _relative(eigenvalues, "eigenvalues").sort(descending=True).values
+    return relative[relative > rtol]
 
 
 def _orthonormal(Q: Tensor, name: str) -> Tensor:

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from masklr.moments import SecondMoment, singular_values_from_gram
 from masklr.probes import RidgeMoments
-from masklr.spectra import effective_rank, participation_ratio, stable_rank
+from masklr.spectra import (
+    alpha_req,
+    effective_rank,
+    hill_alpha,
+    numerical_rank,
+    participation_ratio,
+    stable_rank,
+)
 
 
 def features(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
@@ -78,9 +85,31 @@ def test_features_of_rank_one_read_one():
     assert effective_rank(sigma).item() == pytest.approx(1, abs=1e-9)
 
 
-def test_constant_features_have_no_rank():
-    moments = moments_of(torch.full((50, 4), 0.1))
+@pytest.mark.parametrize("count", [50, 1234, 20_000])
+def test_constant_features_have_no_rank(count):
+    moments = moments_of((features(1, 64) * 0.3 + 0.7).expand(count, 64))
     assert (moments.singular_values() == 0).all()
+    assert stable_rank(moments.singular_values(centered=False)).item() == pytest.approx(1, rel=1e-9)
+
+
+def test_offset_far_above_the_spread_leaves_the_rank_of_the_spread():
+    x = features(4000, 12).double()
+    near, far = moments_of(x).singular_values(), moments_of(x + 1e4).singular_values()
+    np.testing.assert_allclose(far, near, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [30, 300])
+def test_power_laws_from_a_gram_use_only_the_values_above_a_millionth_of_the_first(rows):
+    # Directions that decay to 3e-9: those below 5e-8 cannot be told from rounding, and only those above 1e-6 may count.
+    rank = min(rows, 40)
+    left, right = (torch.linalg.qr(features(size, rank).double())[0] for size in (rows, 40))
+    x = left * torch.logspace(0, -8.5, 40, dtype=torch.float64)[:rank] @ right.T
+    sigma = moments_of(x).singular_values(centered=False)
+    exact = torch.from_numpy(np.linalg.svd(x.numpy(), compute_uv=False))
+    above = exact[exact > 1e-6 * exact[0]]
+    assert numerical_rank(sigma, rtol=1e-6) == len(above) == 28
+    for measure in (alpha_req, hill_alpha):
+        assert measure(sigma**2).item() == pytest.approx(measure(above**2, rtol=0.0).item(), rel=1e-4)
 
 
 def test_gram_with_slightly_negative_eigenvalues_reads_zero():

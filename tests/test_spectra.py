@@ -33,6 +33,7 @@ from masklr.spectra import (
 )
 
 PRINTED = torch.tensor([4.0, 3.0, 2.0, 1.0])
+NORMS = [nuclear_norm, frobenius_norm, spectral_norm]
 RANKS = [effective_rank, stable_rank, nuclear_rank, numerical_rank, participation_ratio]
 SPECTRA = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20).map(torch.tensor)
 
@@ -155,6 +156,25 @@ def test_rankme_with_the_epsilon_of_a_peer_reads_what_the_peer_reads():
     assert rankme(torch.eye(4096)[0], eps=1e-5).item() == pytest.approx(1.60, abs=0.005)
 
 
+@pytest.mark.parametrize("decay", [0.99, 0.98])
+def test_epsilon_of_the_paper_moves_a_decaying_spectrum_by_little_and_that_of_a_peer_by_percents(decay):
+    sigma = decay ** torch.arange(768, dtype=torch.float64)
+    assert rankme(sigma).item() == pytest.approx(effective_rank(sigma).item(), rel=2e-3)
+    assert 1.01 < rankme(sigma, eps=1e-5).item() / effective_rank(sigma).item() < 1.1
+
+
+def test_flat_spectrum_exceeds_the_dimension_by_an_epsilon_only_in_rankme():
+    flat = torch.ones(768)
+    assert rankme(flat, eps=1e-5).item() == pytest.approx(802, abs=0.5)
+    assert rankme(flat).item() > 768.2
+    assert effective_rank(flat).item() == pytest.approx(768, rel=1e-12)
+
+
+def test_rankme_of_eigenvalues_would_be_another_number():
+    assert rankme(PRINTED).item() == pytest.approx(3.596115, abs=1e-5)
+    assert rankme(PRINTED**2).item() == pytest.approx(2.940198, abs=1e-5)
+
+
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 2.0])
 def test_alpha_req_recovers_the_exponent_and_fits_only_its_range(alpha):
     eigenvalues = torch.arange(1, 200, dtype=torch.float64) ** -alpha
@@ -167,8 +187,19 @@ def test_alpha_req_recovers_the_exponent_and_fits_only_its_range(alpha):
 
 
 def test_alpha_req_needs_two_eigenvalues():
-    with pytest.raises(ValueError, match="two positive eigenvalues"):
-        alpha_req(torch.tensor([1.0, 0.0]))
+    for eigenvalues in ([1.0, 0.0], [1.0, 1e-13]):
+        with pytest.raises(ValueError, match="two eigenvalues above `rtol`"):
+            alpha_req(torch.tensor(eigenvalues))
+    with pytest.raises(ValueError, match=r"Expected `rtol` in \[0, 1\), got 1"):
+        alpha_req(torch.ones(3), rtol=1.0)
+
+
+@pytest.mark.parametrize("measure", [alpha_req, hill_alpha])
+def test_power_laws_leave_out_what_rounding_spoils_unless_told(measure):
+    eigenvalues = torch.arange(1, 101, dtype=torch.float64) ** -1.5
+    noise = torch.logspace(-12.1, -16, 100, dtype=torch.float64)
+    assert measure(torch.cat([noise, eigenvalues])) == measure(eigenvalues)
+    assert abs(measure(torch.cat([noise, eigenvalues]), rtol=0.0) - measure(eigenvalues)) > 0.5
 
 
 def test_hill_alpha_of_pareto_draws_is_the_density_exponent():
@@ -181,6 +212,8 @@ def test_hill_alpha_without_a_tail_raises():
         hill_alpha(torch.tensor([2.0, 1.0]), k=2)
     with pytest.raises(ValueError, match="got 3 equal ones"):
         hill_alpha(torch.ones(4))
+    with pytest.raises(ValueError, match="got 3 equal ones"):
+        hill_alpha(1 + torch.tensor([3e-16, 0, 2e-16, 0], dtype=torch.float64))
 
 
 def test_lidar_equals_the_effective_rank_of_whitened_scatter():
@@ -227,6 +260,7 @@ SHAPES = [(48, 48), (40, 90), (300, 33), (1, 50), (50, 1), (1, 1)]
 DECAYS = {
     "flat": lambda r: torch.ones(r),
     "geometric": lambda r: torch.logspace(0, -8, r),
+    "geometric, resolved": lambda r: torch.logspace(0, -5.8, r),
     "power": lambda r: torch.arange(1, r + 1) ** -1.0,
     "rank one": lambda r: torch.eye(r)[0],
     "zero tail": lambda r: (torch.arange(r) <= r // 4).float(),
@@ -244,8 +278,43 @@ def test_measures_of_a_matrix_agree_with_a_float64_svd_to_six_digits(shape, deca
     assert sigma.dtype == torch.float64
     assert sigma.shape == expected.shape
     assert (sigma.diff() <= 0).all()
-    for measure in (spectral_entropy, stable_rank, nuclear_rank, effective_rank, nuclear_norm, frobenius_norm):
+    for measure in (spectral_entropy, stable_rank, nuclear_rank, effective_rank, *NORMS):
         assert measure(sigma).item() == pytest.approx(measure(expected).item(), rel=1e-6, abs=1e-12)
+    ratio = participation_ratio(expected**2).item()
+    assert participation_ratio(sigma**2).item() == pytest.approx(ratio, rel=1e-6)
+    # The tail: numpy's values above a millionth of the first, and ours; both must find the same ones.
+    tail = expected[expected > 1e-6 * expected[0]]
+    assert numerical_rank(sigma, rtol=1e-6) == len(tail)
+    assert numerical_rank(sigma) == (tail > 1e-3 * tail[0]).sum()
+    for measure in (alpha_req, hill_alpha):
+        try:
+            exact = measure(tail**2, rtol=0.0).item()
+        except ValueError as error:
+            with pytest.raises(ValueError, match=str(error)[:20]):
+                measure(sigma**2)
+        else:
+            assert measure(sigma**2).item() == pytest.approx(exact, rel=1e-6, abs=1e-12)
+
+
+@given(
+    shape=st.sampled_from([(7, 7), (4, 9), (9, 4), (1, 5), (5, 1)]),
+    decay=st.sampled_from(["flat", "geometric", "power", "zero tail"]),
+    seed=st.integers(0, 99),
+    scale=st.sampled_from([1e-150, 1e-20, -0.3, 7.0, 1e20, 1e150]),
+)
+@settings(max_examples=40, deadline=None)
+def test_measures_of_a_matrix_do_not_change_if_it_is_scaled_and_rotated(shape, decay, seed, scale):
+    r = min(shape)
+    left, right = orthogonal(shape[0], r, seed), orthogonal(shape[1], r, seed + 1)
+    sigma = singular_values(left * DECAYS[decay](r).double() @ right.T)
+    turned = orthogonal(shape[0], shape[0], seed + 2) @ left * DECAYS[decay](r).double() @ right.T
+    moved = singular_values(scale * turned @ orthogonal(shape[1], shape[1], seed + 3))
+    for measure in (*RANKS, spectral_entropy, rankme):
+        assert measure(moved).item() == pytest.approx(measure(sigma).item(), rel=1e-6)
+    for measure in NORMS:
+        assert measure(moved).item() / abs(scale) == pytest.approx(measure(sigma).item(), rel=1e-6)
+    if decay in ("geometric", "power") and r > 2:
+        assert alpha_req(moved**2).item() == pytest.approx(alpha_req(sigma**2).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (20, 60), (60, 20)])
@@ -364,6 +433,13 @@ def test_measures_by_name_are_the_functions_in_the_order_asked_for():
 
 def test_measures_of_zeros_are_norms_only():
     assert measures(torch.zeros(4), ["stable_rank", "frobenius_norm", "effective_rank"]) == {"frobenius_norm": 0.0}
+
+
+def test_measures_leave_out_the_power_law_of_a_spectrum_that_has_none():
+    one = torch.tensor([1.0, 1e-8, 0.0])
+    assert measures(one, ["stable_rank", "alpha_req", "hill_alpha"]) == {"stable_rank": pytest.approx(1)}
+    assert measures(torch.ones(6), ["alpha_req", "hill_alpha"]) == {"alpha_req": pytest.approx(0, abs=1e-12)}
+    assert list(measures(torch.tensor([1.0, 0.5]), ["alpha_req", "hill_alpha"])) == ["alpha_req", "hill_alpha"]
 
 
 @pytest.mark.parametrize(("name", "nearest"), [("efective_rank", "effective_rank"), ("energy_rank_0", "energy_rank_9")])
