@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from masklr.layers.dropconnect_operators import batch_keep, new_seed, sample_conv2d, sample_linear
+from masklr.layers import compiled_masks
+from masklr.layers.sample_masks import SampleConv2d, SampleLinear, batch_keep, new_seed
 from masklr.masks import kept_share
 
 Per = Literal["batch", "sample"]
@@ -73,7 +74,8 @@ class DropConnectLinear(nn.Linear):
         # A vector is one sample; (samples, in) are samples of one token.
         tokens = x.reshape(x.shape[0] if x.ndim > 1 else 1, -1, self.in_features)
         weight = self.weight * (1 / kept_share(self.p))
-        y = sample_linear(*as_autocast(tokens.contiguous(), weight, self.bias), new_seed(), self.p)
+        operator = compiled_masks.sample_linear if torch.compiler.is_compiling() else SampleLinear.apply
+        y = operator(*as_autocast(tokens.contiguous(), weight, self.bias), new_seed(), self.p)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -153,8 +155,9 @@ class DropConnectConv2d(nn.Conv2d):
             return self._conv_forward(x, masked_weight(self.weight, self.p), self.bias)
         images, padding = self._padded(x if x.ndim == 4 else x[None])
         weight = self.weight * (1 / kept_share(self.p))
+        operator = compiled_masks.sample_conv2d if torch.compiler.is_compiling() else SampleConv2d.apply
         cast = as_autocast(images.contiguous(), weight, self.bias)
-        y = sample_conv2d(*cast, new_seed(), self.p, self.stride, padding, self.dilation, self.groups)
+        y = operator(*cast, new_seed(), self.p, self.stride, padding, self.dilation, self.groups)
         return y if x.ndim == 4 else y[0]
 
     def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
@@ -171,8 +174,9 @@ class DropConnectConv2d(nn.Conv2d):
 
 def masked_weight(weight: Tensor, p: float) -> Tensor:
     """A weight with one new mask of mean one on it."""
+    keep = (compiled_masks.batch_keep if torch.compiler.is_compiling() else batch_keep)(weight, new_seed(), p)
     # The scale is a Python number: in bf16 a tensor that holds it would be rounded, and the mean would not be one.
-    return weight * batch_keep(weight, new_seed(), p) * (1 / kept_share(p))
+    return weight * keep * (1 / kept_share(p))
 
 
 def as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
