@@ -260,7 +260,7 @@ SHAPES = [(48, 48), (40, 90), (300, 33), (1, 50), (50, 1), (1, 1)]
 DECAYS = {
     "flat": lambda r: torch.ones(r),
     "geometric": lambda r: torch.logspace(0, -8, r),
-    "geometric, resolved": lambda r: torch.logspace(0, -5.8, r),
+    "one small value": lambda r: torch.cat([torch.linspace(1, 0.5, r)[: r - 1], torch.tensor([2e-6])]),
     "power": lambda r: torch.arange(1, r + 1) ** -1.0,
     "rank one": lambda r: torch.eye(r)[0],
     "zero tail": lambda r: (torch.arange(r) <= r // 4).float(),
