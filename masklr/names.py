@@ -34,6 +34,26 @@ def matching(names: Iterable[str], patterns: Iterable[str], argument: str) -> li
     return [name for name in names if name in chosen]
 
 
+def captures(names: Iterable[str], pattern: str, argument: str) -> dict[str, tuple[str, ...]]:
+    """Names that match a pattern, each with what its wildcards stand for.
+
+    Args:
+        names: Dotted names.
+        pattern: A glob pattern, as `matching` reads it.
+        argument: The argument that the pattern came by, for the error.
+
+    Raises:
+        ValueError: The pattern matches nothing; the sentence names the nearest names.
+
+    Example:
+        >>> captures(["blocks.0.fc1", "blocks.1.fc1", "head"], "blocks.*.fc1", "products")
+        {'blocks.0.fc1': ('0',), 'blocks.1.fc1': ('1',)}
+    """
+    found = matching(names, [pattern], argument)
+    expression = _expression(pattern)
+    return {name: match.groups() for name in found if (match := expression.fullmatch(name))}
+
+
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
     """The end of an error's sentence: the nearest known names, or the first few where none is near.
 
@@ -49,6 +69,6 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
 
 
 def _expression(pattern: str) -> re.Pattern[str]:
-    pieces = {"**": ".*", "*": r"[^.]*", "?": "[^.]"}
+    pieces = {"**": "(.*)", "*": r"([^.]*)", "?": "([^.])"}
     tokens = re.split(r"(\*\*|\*|\?|\[[^\]]+\])", pattern)
-    return re.compile("".join(pieces.get(t, t if t.startswith("[") else re.escape(t)) for t in tokens))
+    return re.compile("".join(pieces.get(t, f"({t})" if t.startswith("[") else re.escape(t)) for t in tokens))

@@ -12,7 +12,19 @@ torch.set_num_threads(1)
 jaxtyping.install_import_hook(
     [
         f"masklr.{room}"
-        for room in ("masks", "decompositions", "spectra", "moments", "matrices", "probes", "theory", "models")
+        for room in (
+            "masks",
+            "decompositions",
+            "spectra",
+            "moments",
+            "layer_weights",
+            "products",
+            "subspaces",
+            "matrices",
+            "probes",
+            "theory",
+            "models",
+        )
     ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )

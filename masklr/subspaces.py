@@ -1,0 +1,77 @@
+"""The leading singular subspace of a matrix, with its singular values."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from masklr.decompositions import float64, gram, singular_values
+
+Side = Literal["left", "right"]
+
+
+class Leading(NamedTuple):
+    """A spectrum and the subspace of its largest values.
+
+    Attributes:
+        sigma: All singular values, descending.
+        basis: Orthonormal columns, the leading singular vectors of one side, on the CPU.
+    """
+
+    sigma: Float64[Tensor, " r"]
+    basis: Float64[Tensor, "n k"]
+
+
+def leading_subspace(matrix: Float[Tensor, "rows cols"], rank: int, side: Side = "left") -> Leading:
+    r"""All singular values, and the singular vectors of the largest ones.
+
+    .. math:: M = U \Sigma V^T, \qquad \text{basis} = U_{:, :k} \text{ or } V_{:, :k}
+
+    Exact: eigenvectors of the Gram matrix of the smaller side, in float64; those of the other side from them. A Gram
+    matrix squares the condition number, so that directions below 1e-6 of the largest value are rounding; they are left
+    out, and so are those of a matrix of zeros.
+
+    Args:
+        matrix: Any real floating type; bfloat16 and float16 are cast first.
+        rank: Largest number of vectors, k, at least 1.
+        side: Left vectors, of `rows` entries (directions of a layer's outputs), or right ones, of `cols` (of inputs).
+
+    Returns:
+        The spectrum, on the matrix's device, and min(rank, directions there are) columns, in float64.
+
+    Raises:
+        ValueError: `rank` is below 1, the matrix is empty, or an entry is not finite.
+
+    Example:
+        >>> leading_subspace(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 1).basis.abs()
+        tensor([[0.],
+                [1.],
+                [0.]], dtype=torch.float64)
+
+    Reference:
+        Golub and Van Loan, "Matrix Computations", 4th edition, section 8.6.
+    """
+    if rank < 1:
+        raise ValueError(f"Expected `rank` of at least 1, got {rank}.")
+    sigma = singular_values(matrix)
+    count = min(rank, int((sigma > 1e-6 * sigma[0]).sum()))
+    target = matrix if side == "right" else matrix.T  # whose right vectors are asked for
+    if count == 0:
+        return Leading(sigma, torch.zeros(target.shape[1], 0, dtype=torch.float64))
+    # Squares of values near the ends of float64 would overflow or vanish; the basis has no scale.
+    target = float64(target) / sigma[0]
+    if target.shape[1] <= target.shape[0]:
+        return Leading(sigma, _leading_eigenvectors(gram(target), count))
+    small = _leading_eigenvectors(gram(target.T), count)
+    # Columns are sigma_i v_i up to rounding; the triangular factor of QR takes the lengths out.
+    return Leading(sigma, torch.linalg.qr(target.T.cpu() @ small).Q)
+
+
+def _leading_eigenvectors(symmetric: Tensor, count: int) -> Tensor:
+    """Eigenvectors of the largest eigenvalues, largest first, by LAPACK's solver for a part of the spectrum."""
+    from scipy.linalg import eigh  # slow to import
+
+    size = len(symmetric)
+    vectors = eigh(symmetric.cpu().numpy(), subset_by_index=(size - count, size - 1), check_finite=False)[1]
+    return torch.from_numpy(vectors.copy()).flip(1)
