@@ -131,7 +131,7 @@ def check_second_moment(C: Float[Tensor, "rows cols"], size: int | None = None) 
 
 
 def semidefinite(C: Float[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
-    """A second moment in float64, exactly symmetric, without the negative eigenvalues that rounding left.
+    """A second moment in float64, exactly symmetric, without the negative eigenvalues that sums in float32 left.
 
     Args:
         C: Symmetric and positive semi-definite up to rounding.
@@ -154,8 +154,8 @@ def semidefinite(C: Float[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
     smallest, largest = eigenvalues[0].item(), eigenvalues[-1].item()
     if smallest < -TOLERANCE * max(largest, 0.0):
         raise ValueError(f"Expected positive semi-definite `C`, got an eigenvalue of {smallest:.3g}.")
-    if smallest >= 0:
-        return matrix
+    if smallest >= -len(matrix) * torch.finfo(torch.float64).eps * largest:
+        return matrix  # singular up to the rounding of this decomposition; another would turn exact zeros into noise
     clipped = (vectors * eigenvalues.clamp(min=0)) @ vectors.T
     return (clipped + clipped.T) / 2
 
