@@ -72,7 +72,7 @@ class DropConnectLinear(nn.Linear):
         if self.per == "batch":
             return nn.functional.linear(x, masked_weight(self.weight, self.p), self.bias)
         # A vector is one sample; (samples, in) are samples of one token.
-        tokens = x.reshape(x.shape[0] if x.ndim > 1 else 1, -1, self.in_features)
+        tokens = x.reshape(len(x) if x.ndim > 1 else 1, x.shape[1:-1].numel(), self.in_features)
         weight = self.weight * (1 / kept_share(self.p))
         operator = compiled_masks.sample_linear if torch.compiler.is_compiling() else SampleLinear.apply
         y = operator(*as_autocast(tokens.contiguous(), weight, self.bias), new_seed(), self.p)

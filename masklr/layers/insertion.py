@@ -52,7 +52,9 @@ def insert(
         if optimizer is not None and not factory.keeps_parameters:
             _check_not_held(name, layers[name], optimizer)
     replacements: dict[int, nn.Module] = {}
-    for name, factory in chosen.items():
+    # New layers are made before any layer changes in place: should one fail (a weight that is not finite has no
+    # decomposition), the model is as it was.
+    for name, factory in sorted(chosen.items(), key=lambda item: item[1].keeps_parameters):
         if id(layers[name]) not in replacements:
             replacements[id(layers[name])] = factory.replacement(layers[name])
     changed = [name for name, layer in layers.items() if id(layer) in replacements]
