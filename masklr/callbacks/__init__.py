@@ -1,5 +1,7 @@
 """Callbacks for any LightningModule; what each logs stands in its docstring."""
 
+from masklr.callbacks.gradient_spectrum import GradientSpectrum
+from masklr.callbacks.induced_penalty import InducedPenalty
 from masklr.callbacks.mask_schedule import MaskSchedule
 from masklr.callbacks.probe import Probe
 from masklr.callbacks.reconstructions import Reconstructions
@@ -7,9 +9,12 @@ from masklr.callbacks.representation_spectrum import RepresentationSpectrum
 from masklr.callbacks.step_progress import StepProgress
 from masklr.callbacks.step_seed import StepSeed
 from masklr.callbacks.step_timing import StepTiming
+from masklr.callbacks.update_spectrum import UpdateSpectrum
 from masklr.callbacks.weight_spectrum import WeightSpectrum
 
 __all__ = [
+    "GradientSpectrum",
+    "InducedPenalty",
     "MaskSchedule",
     "Probe",
     "Reconstructions",
@@ -17,5 +22,6 @@ __all__ = [
     "StepProgress",
     "StepSeed",
     "StepTiming",
+    "UpdateSpectrum",
     "WeightSpectrum",
 ]

@@ -12,7 +12,6 @@ from jaxtyping import Float
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 # Longest sequence for which batched products beat fused attention on CPU, forward and backward, by dtype: 3 times in
 # bf16 at 65 to 197 tokens, 1.1 to 3 times in float32 below 50 (2 cores, AVX-512 with bf16). Beyond, the
@@ -43,8 +42,13 @@ class _AttentionByProducts(torch.autograd.Function):
         return out.view(batch, num_heads, tokens, head_dim).transpose(1, 2).reshape(batch, tokens, width // 3)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():
+            # `once_differentiable` would leave this path out of a second derivative without a word.
+            raise RuntimeError(
+                "The gradient of attention is to be differentiated again: compute it under "
+                "`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`."
+            )
         q, k, v, probabilities = ctx.saved_tensors
         products, tokens, head_dim = q.shape
         num_heads = ctx.num_heads
@@ -75,7 +79,8 @@ def attention(
         last: How many tokens ask, the last ones; all if None. Every token is asked in either case.
 
     Returns:
-        The heads' outputs side by side, before the output projection.
+        The heads' outputs side by side, before the output projection. Twice differentiable under
+        `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` alone.
 
     Reference:
         Vaswani et al., "Attention is all you need", NeurIPS 2017.
@@ -83,6 +88,8 @@ def attention(
     batch, tokens, width = qkv.shape
     head_dim = width // (3 * num_heads)
     by_products = qkv.device.type == "cpu" and tokens <= MAX_TOKENS_BY_PRODUCTS.get(qkv.dtype, 0)
+    # Whoever asks for the math kernel wants second derivatives.
+    by_products = by_products and torch.backends.cuda.flash_sdp_enabled()
     # Compiled graphs keep PyTorch's own operator: inductor fuses around it.
     if by_products and not torch.compiler.is_compiling():
         out = _AttentionByProducts.apply(qkv, num_heads, head_dim**-0.5)

@@ -6,6 +6,7 @@ import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from masklr.models import attention as module
 from masklr.models.attention import FastAttention, LastTokensBlock, accelerate, attention
@@ -79,6 +80,23 @@ def test_gradient_is_that_of_finite_differences():
     torch.manual_seed(0)
     qkv = torch.randn(2, 4, 18, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: function(x, 3, 0.7), (qkv,))
+
+
+def test_second_derivative_is_right_under_the_math_kernel_and_an_error_elsewhere():
+    _, ours = twins()
+    x, v = torch.randn(2, 7, 24), torch.randn(2, 7, 24)
+
+    def second(layer, dtype):
+        along = torch.zeros((), dtype=dtype, requires_grad=True)
+        (first,) = torch.autograd.grad(layer(x.to(dtype) * (1 + along * v)).square().sum(), along, create_graph=True)
+        return torch.autograd.grad(first, along)[0]
+
+    with sdpa_kernel(SDPBackend.MATH):
+        found = second(ours, torch.float32)
+        exact = second(copy.deepcopy(ours).double(), torch.float64)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="sdpa_kernel"):
+        second(ours, torch.float32)
 
 
 @pytest.mark.parametrize(
