@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, takewhile
+from typing import Literal
 
 from jaxtyping import Shaped
 from torch import Tensor, nn
@@ -28,9 +29,11 @@ class Product:
 
     Attributes:
         factors: The matrices, the first one applied first.
+        kind: Of a head's queries and keys, of its values and output, or of a chain of layers.
     """
 
     factors: tuple[Weight, ...]
+    kind: Literal["qk", "ov", "product"]
 
     @property
     def widths(self) -> list[int]:
@@ -161,8 +164,10 @@ def _attention_products(
         if num_heads is None or names is None or repeated.issuperset(names):
             continue
         q, k, v, o = (weights[projection] for projection in names)
-        products |= {joined(name, f"qk.{h}"): p for h, p in enumerate(_per_head(k, _transposed(q), num_heads))}
-        products |= {joined(name, f"ov.{h}"): p for h, p in enumerate(_per_head(v, o, num_heads))}
+        pairs = {"qk": (k, q.part(lambda matrix: matrix.T)), "ov": (v, o)}
+        for kind in ("qk", "ov"):
+            per_head = _per_head(*pairs[kind], num_heads)
+            products |= {joined(name, f"{kind}.{h}"): Product(factors, kind) for h, factors in enumerate(per_head)}
     return products
 
 
@@ -175,8 +180,11 @@ def _projections(name: str, weights: Mapping[str, Weight]) -> tuple[str, str, st
     return (*found[0], outputs[0]) if found and outputs else None  # type: ignore[return-value]
 
 
-def _per_head(first: Weight, last: Weight, num_heads: int) -> Iterator[Product]:
-    """Products last x first through each head; a group of heads may share one of `first`. None if sizes do not fit."""
+def _per_head(first: Weight, last: Weight, num_heads: int) -> Iterator[tuple[Weight, Weight]]:
+    """Rows of the first matrix and columns of the last that make a head; groups of heads may share their rows.
+
+    Nothing if sizes do not fit.
+    """
     head_dim, rest = divmod(last.shape[1], num_heads)
     groups = first.shape[0] // head_dim if head_dim else 0
     if rest or not groups or first.shape[0] % head_dim or num_heads % groups:
@@ -184,11 +192,7 @@ def _per_head(first: Weight, last: Weight, num_heads: int) -> Iterator[Product]:
     for head in range(num_heads):
         group = head * groups // num_heads
         rows, cols = partial(_rows, group * head_dim, head_dim), partial(_columns, head * head_dim, head_dim)
-        yield Product((first.part(rows), last.part(cols)))
-
-
-def _transposed(weight: Weight) -> Weight:
-    return weight.part(lambda matrix: matrix.T)
+        yield first.part(rows), last.part(cols)
 
 
 def _rows(start: int, count: int, matrix: Tensor) -> Tensor:
@@ -209,7 +213,7 @@ def _product_maps(weights: Mapping[str, Weight], chains: Sequence[Sequence[str]]
         if isinstance(patterns, str) or len(patterns) < 2:
             raise ValueError(f"Expected `products` of lists of two or more patterns, got {patterns!r}.")
         for names in _expanded(weights, patterns):
-            product = Product(tuple(_linear(name, weights[name]) for name in names))
+            product = Product(tuple(_linear(name, weights[name]) for name in names), "product")
             for first, second in pairwise(names):
                 rows, cols = weights[first].shape[0], weights[second].shape[1]
                 if rows != cols:

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import timm
 import torch
@@ -297,7 +299,7 @@ def test_product_maps_of_a_vision_transformer():
 
 @pytest.mark.parametrize("widths", [(30, 20, 40), (30, 4, 40), (30, 20, 4, 9, 50), (3, 20, 40), (40, 20, 3), (7, 7, 7)])
 def test_products_of_any_chain_are_exact_and_no_larger_than_their_rank(widths):
-    layers = nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))).double()
+    layers = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths))).double()
     names = [str(i) for i in range(len(layers))]
     core = measured_matrices(layers, products=[names])["*".join(reversed(names))]
     product = torch.eye(widths[0]).double()

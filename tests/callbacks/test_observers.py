@@ -9,11 +9,13 @@ import pytorch_lightning as pl
 import torch
 
 from masklr.callbacks import (
+    GradientSpectrum,
     Probe,
     Reconstructions,
     RepresentationSpectrum,
     StepProgress,
     StepTiming,
+    UpdateSpectrum,
     WeightSpectrum,
 )
 
@@ -22,6 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode a
 
 OBSERVERS = {
     "WeightSpectrum": lambda: WeightSpectrum(every_n_steps=3),
+    "GradientSpectrum": lambda: GradientSpectrum(every_n_steps=3),
+    "UpdateSpectrum": lambda: UpdateSpectrum(every_n_steps=3),
     "RepresentationSpectrum": lambda: RepresentationSpectrum(["network.4", "network.8"], pool="tokens"),
     "Probe": lambda: Probe(["network.4"]),
     "Probe of a part of the split": lambda: Probe(max_train_samples=100),
