@@ -5,6 +5,7 @@ ranks. It squares the condition number, so it is accumulated and solved in float
 """
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from masklr.spectra import gram
+from masklr.spectra import float64, gram
 
 
 class Moments(NamedTuple):
@@ -47,8 +48,8 @@ class Moments(NamedTuple):
             centered: Whether the mean is subtracted from the samples first.
 
         Returns:
-            min(N, d) values, descending, in float64. Those below some 1e-7 of the largest, or a millionth of what centering
-            takes away, are read as zero.
+            min(N, d) values, descending, in float64. Those below some 1e-7 of the largest, or a millionth of what
+            centering takes away, are read as zero.
 
         Raises:
             ValueError: `centered` with fewer than two samples.
@@ -138,6 +139,18 @@ class SecondMoment(Metric):
             )
         return Moments(self.gram, self.sum, self.count)
 
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        # torchmetrics takes the axes from tensors of one element; of one feature, a Gram matrix is 1 x 1.
+        wrapped = super()._wrap_compute(compute)
+
+        @wraps(compute)
+        def with_axes(*args: Any, **kwargs: Any) -> Moments:
+            moments = wrapped(*args, **kwargs)
+            dim = moments.sum.numel()
+            return Moments(moments.gram.view(dim, dim), moments.sum.view(dim), moments.count)
+
+        return with_axes
+
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         # `.to(torch.bfloat16)` of a module that holds this metric must not round its sums, and a device without
         # float64 cannot hold them.
@@ -146,6 +159,60 @@ class SecondMoment(Metric):
             return state if device.type == "mps" else state.to(device)
 
         return super()._apply(moved, exclude_state)
+
+
+class ViewScatter(nn.Module):
+    r"""Scatter between images and between the views of one image, for `masklr.spectra.lidar`.
+
+    .. math:: S_b = \frac{1}{n} \sum_i (\bar x_i - \bar x)(\bar x_i - \bar x)^T, \qquad
+        S_w = \frac{1}{n q} \sum_i \sum_v (x_{iv} - \bar x_i)(x_{iv} - \bar x_i)^T
+
+    with n images of q views each, in float64, summed exactly over ranks. Memory is of order d^2 and of one batch.
+
+    Example:
+        >>> scatter = ViewScatter()
+        >>> scatter.update(torch.tensor([[[0.0], [4.0]], [[2.0], [6.0]]]))
+        >>> scatter.compute()
+        (tensor([[4.]], dtype=torch.float64), tensor([[1.]], dtype=torch.float64), 2)
+
+    Reference:
+        Thilak et al., "LiDAR: sensing linear probing performance in joint embedding SSL architectures", ICLR 2024.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means, self.deviations = SecondMoment(), SecondMoment()
+
+    def update(self, views: Float[Tensor, "q n d"]) -> None:
+        """Add the q views of n images.
+
+        Args:
+            views: Features, at least two views of each image.
+
+        Raises:
+            ValueError: There is one view.
+        """
+        if len(views) < 2:
+            raise ValueError(f"Expected at least 2 `views` of an image, got {len(views)}.")
+        views = float64(views)
+        means = views.mean(0)
+        self.means.update(means)
+        self.deviations.update((views - means).flatten(0, 1))
+
+    def compute(self) -> tuple[Tensor, Tensor, int]:
+        """Scatter of all images of all ranks.
+
+        Returns:
+            Scatter between images, scatter within an image, number of images.
+
+        Raises:
+            ValueError: There was no image, or a feature was NaN or infinite.
+        """
+        means, deviations = self.means.compute(), self.deviations.compute()
+        # What centering leaves of equal means is rounding.
+        differ = means.count > 1 and means.singular_values().any()
+        between = means.centered_gram / means.count if differ else torch.zeros_like(means.gram)
+        return between, deviations.gram / deviations.count, int(means.count)
 
 
 def gathered_summands(state: Tensor, group: Any = None) -> list[Tensor]:
@@ -179,8 +246,8 @@ def singular_values_from_gram(gram: Float[Tensor, "d d"], offset: float = 0.0) -
 
     Args:
         gram: Symmetric, positive semi-definite up to rounding.
-        offset: Largest eigenvalue of what was subtracted to center the Gram matrix, at least 0. Values below a millionth
-            of its root are read as zero too.
+        offset: Largest eigenvalue of what was subtracted to center the Gram matrix, at least 0. Values below a
+            millionth of its root are read as zero too.
 
     Returns:
         d values, descending.

@@ -1,4 +1,5 @@
 import math
+import pickle
 import socket
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from masklr.moments import SecondMoment, singular_values_from_gram
+from masklr.moments import SecondMoment, ViewScatter, singular_values_from_gram
 from masklr.probes import RidgeMoments
 from masklr.spectra import (
     alpha_req,
@@ -42,6 +43,40 @@ def test_moments_equal_numpy_in_float64(dtype):
     np.testing.assert_allclose(moments.mean, expected.mean(0), rtol=1e-11)
     np.testing.assert_allclose(moments.centered_gram / 4999, np.cov(expected.T), rtol=1e-9, atol=1e-12)
     assert moments.count == 5000
+
+
+def test_one_feature_keeps_its_axes():
+    metric = SecondMoment()
+    metric.update(torch.tensor([[1.0], [3.0]]))
+    for copied in (metric, pickle.loads(pickle.dumps(metric))):
+        moments = copied.compute()
+        assert moments.gram.shape == (1, 1)
+        assert moments.singular_values().tolist() == pytest.approx([math.sqrt(2)])
+
+
+@pytest.mark.parametrize("dim", [1, 6])
+def test_scatter_of_views_equals_sums_by_hand_whatever_the_batches(dim):
+    views = torch.randn(3, 20, dim, generator=torch.Generator().manual_seed(0)) + 2
+    scatter = ViewScatter()
+    for part in views.split([13, 7], dim=1):
+        scatter.update(part)
+    between, within, count = scatter.compute()
+    x = views.double().numpy()
+    means = x.mean(0)
+    np.testing.assert_allclose(between, np.cov(means.T, bias=True).reshape(dim, dim), rtol=1e-9, atol=1e-12)
+    deviations = (x - means).reshape(-1, dim)
+    np.testing.assert_allclose(within, deviations.T @ deviations / 60, rtol=1e-9, atol=1e-12)
+    assert count == 20
+
+
+def test_scatter_of_images_that_are_alike_is_zero_and_one_view_raises():
+    scatter = ViewScatter()
+    scatter.update((features(3, 4)[:, None] + 0.7).expand(3, 50, 4))
+    between, within, _ = scatter.compute()
+    assert not between.any()
+    assert within.any()
+    with pytest.raises(ValueError, match="at least 2 `views` of an image, got 1"):
+        scatter.update(features(1, 4)[None])
 
 
 @given(cuts=st.lists(st.integers(0, 60), max_size=5))

@@ -12,6 +12,8 @@ from masklr.names import did_you_mean, matching
 
 Pool = Literal["mean", "first", "tokens"]
 
+Weights = Literal["current", "ema"]
+
 OUTPUT = "output"  # the name of what `forward` of the LightningModule returns
 
 
@@ -97,6 +99,31 @@ def evaluation(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[N
     pl_module.eval()
     with torch.no_grad(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
         yield
+
+
+def weight_averaging(trainer: pl.Trainer) -> Any:
+    """Lightning's `WeightAveraging` (or `EMAWeightAveraging`) among the trainer's callbacks; None if there is none."""
+    kind = getattr(pl.callbacks, "WeightAveraging", ())  # not before Lightning 2.6
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+@contextmanager
+def weights_in_place(trainer: pl.Trainer, pl_module: pl.LightningModule, weights: Weights) -> Iterator[None]:
+    """Within a validation: the module has the weights that are trained, or their running average.
+
+    For the whole of a validation Lightning's `WeightAveraging` puts the average into the module, which is therefore
+    exchanged for the trained ones here, and back afterwards, bit for bit.
+    """
+    averaging = weight_averaging(trainer)
+    if weights == "ema" or averaging is None or averaging._average_model is None:
+        yield
+        return
+    averaging._swap_models(pl_module)
+    try:
+        yield
+    finally:
+        averaging._swap_models(pl_module)
 
 
 def features(

@@ -1,13 +1,23 @@
+import os
+import random
+import socket
+import warnings
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import scipy.linalg
 import timm
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+import torch.multiprocessing as mp
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 
 from masklr.callbacks import RepresentationSpectrum
 from masklr.callbacks.features import pooled
+from masklr.callbacks.views import augmented_views, evenly_spaced
+from masklr.data.augment import RandomCrop, RandomHorizontalFlip
 
 LAYERS = ["network.3", "network.4"]
 
@@ -65,7 +75,7 @@ def test_validations_are_measured_at_their_step_and_the_initialization_at_step_0
     folder, _, metrics = measured
     assert list(spectra(folder)) == [0, 7, 14, 21]
     keys = [key for key in metrics if key.startswith(("representation/", "cost/"))]
-    assert len(keys) == 3 * 4 + 2
+    assert len(keys) == 3 * 4 + 2 + 2
     assert all(list(metrics[key]) == [0, 7, 14, 21] for key in keys)
 
 
@@ -270,3 +280,397 @@ def test_first_element_of_a_tuple_is_measured_and_other_outputs_raise():
     assert torch.equal(pooled((torch.ones(2, 3), None), "mean", "x"), torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"layer 'x' .* got an output a dict"):
         pooled({"a": torch.ones(2, 3)}, "mean", "x")
+
+
+# ------------------------------------------------------------------------------------- measures, and what stands beside
+
+
+def validated(make_trainer, folder, module, loader, callback, **options):
+    make_trainer(folder, callbacks=[callback], **options).validate(module, loader, verbose=False)
+
+
+def test_measures_are_of_centered_features_unless_named_otherwise(
+    make_classifier, make_trainer, plain_loaders, tmp_path, digits, read_metrics
+):
+    names = ["rankme", "effective_rank", "effective_rank_uncentered", "participation_ratio", "alpha_req", "hill_alpha"]
+    module = make_classifier()
+    callback = RepresentationSpectrum(["network.7"], measures=[*names, "numerical_rank"])
+    validated(make_trainer, tmp_path, module, plain_loaders()[1], callback)
+    features = by_hand(module, module.state_dict(), digits[2], 7).double().numpy()
+    sigma, whole = centered_spectrum(torch.from_numpy(features)), np.linalg.svd(features, compute_uv=False)
+    assert effective_rank(whole) < 0.8 * effective_rank(sigma), "the offset must matter"
+    lam = sigma[sigma > 1e-6 * sigma[0]] ** 2
+    slope = np.polyfit(np.log(np.arange(1, len(lam) + 1)), np.log(lam), 1)[0]
+    expected = {
+        "effective_rank": effective_rank(sigma),
+        "effective_rank_uncentered": effective_rank(whole),
+        "rankme": effective_rank(whole),
+        "participation_ratio": (sigma**2).sum() ** 2 / (sigma**4).sum(),
+        "alpha_req": -slope,
+        "alpha_req_values": len(lam),
+        "hill_alpha_values": len(lam),
+        "numerical_rank_values": len(lam),
+        "samples": 144,
+    }
+    logged = {key: value[0] for key, value in read_metrics(tmp_path).items()}
+    for name, value in expected.items():
+        assert logged[f"representation/network.7/{name}"] == pytest.approx(value, rel=1e-4), name
+    assert "representation/mean/samples" not in logged
+    assert not [key for key in logged if "lidar" in key or "skipped" in key or "repeated" in key]
+
+
+def test_fewer_samples_than_dimensions_show_in_the_companion(make_trainer, tmp_path, read_metrics):
+    callback = RepresentationSpectrum(measures=["effective_rank", "alpha_req"])
+    images = torch.randn(9, 40)
+    validated(make_trainer, tmp_path, identity(), torch.utils.data.DataLoader(images, 4), callback)
+    logged = {key: value[0] for key, value in read_metrics(tmp_path).items()}
+    assert logged["representation/output/samples"] == 9
+    assert logged["representation/output/alpha_req_values"] == 8
+    assert logged["representation/output/effective_rank"] <= 8
+    assert logged["representation/output/effective_rank_null"] <= 8
+    assert spectra(tmp_path)[0]["output"].shape == (9,)
+
+
+class Identity(pl.LightningModule):
+    """Features are the images."""
+
+    def forward(self, images):
+        return images
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+def identity():
+    return Identity()
+
+
+def test_representation_that_collapses_ends_no_run(make_trainer, tmp_path, read_metrics):
+    callback = RepresentationSpectrum(measures=["effective_rank", "alpha_req", "frobenius_norm", "rankme"])
+    images = torch.full((6, 4), 0.3)
+    validated(make_trainer, tmp_path, identity(), torch.utils.data.DataLoader(images, 4), callback)
+    logged = {key: v[0] for key, v in read_metrics(tmp_path).items() if key.startswith("representation/output")}
+    assert logged == {
+        "representation/output/frobenius_norm": 0,
+        "representation/output/rankme": pytest.approx(1, abs=1e-4),
+        "representation/output/samples": 6,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ what is not finite
+
+
+@pytest.fixture
+def spoiled():
+    images = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    images[3, 1], images[8, 2] = torch.nan, torch.inf
+    return images
+
+
+def test_features_that_are_not_finite_raise_with_layer_and_step(make_trainer, tmp_path, spoiled):
+    with pytest.raises(
+        ValueError, match="NaN or infinity in 2 samples of layer 'output' at step 0; `on_nonfinite: skip`"
+    ):
+        validated(make_trainer, tmp_path, identity(), torch.utils.data.DataLoader(spoiled, 4), RepresentationSpectrum())
+    assert not (tmp_path / "spectra").exists()
+
+
+def test_samples_that_are_not_finite_are_skipped_and_counted_if_asked(make_trainer, tmp_path, spoiled, read_metrics):
+    callback = RepresentationSpectrum(on_nonfinite="skip")
+    validated(make_trainer, tmp_path, identity(), torch.utils.data.DataLoader(spoiled, 4), callback)
+    logged = {key: value[0] for key, value in read_metrics(tmp_path).items()}
+    assert logged["representation/output/samples"] == 8
+    assert logged["representation/output/samples_skipped"] == 2
+    rest = spoiled[spoiled.isfinite().all(1)]
+    np.testing.assert_allclose(spectra(tmp_path)[0]["output"], centered_spectrum(rest), rtol=1e-6)
+
+
+def test_a_layer_without_a_finite_sample_has_no_measures_if_asked(make_trainer, tmp_path, read_metrics):
+    callback = RepresentationSpectrum(on_nonfinite="skip")
+    images = torch.full((6, 4), torch.nan)
+    validated(make_trainer, tmp_path, identity(), torch.utils.data.DataLoader(images, 4), callback)
+    logged = {key: v[0] for key, v in read_metrics(tmp_path).items() if key.startswith("representation")}
+    assert logged == {"representation/output/samples": 0, "representation/output/samples_skipped": 6}
+
+
+# ------------------------------------------------------------------------------------------------ LiDAR
+
+
+class Jitter(nn.Module):
+    """Noise of torch's, numpy's and Python's generators, one draw for the whole batch, in training mode alone."""
+
+    def forward(self, images):
+        assert self.training
+        noise = torch.rand(1).item() + np.random.rand() + random.random()  # noqa: NPY002
+        return images * (1 + 0.1 * noise) + 0.1 * torch.randn(images.shape[1:])
+
+
+def lidar_by_hand(views, delta=1e-6):
+    """From features (q, n, d), with loops."""
+    views = views.double().numpy()
+    q, n, d = views.shape
+    means = views.mean(0)
+    between = sum(np.outer(m - means.mean(0), m - means.mean(0)) for m in means) / n
+    within = sum(np.outer(views[v, i] - means[i], views[v, i] - means[i]) for v in range(q) for i in range(n)) / (n * q)
+    root = np.linalg.inv(scipy.linalg.sqrtm(within + delta * np.eye(d)).real)
+    lam = np.linalg.eigvalsh(root @ between @ root)
+    p = lam[lam > 0] / lam[lam > 0].sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+@pytest.mark.parametrize(("size", "lidar_images"), [(144, 1000), (13, 1000), (13, 40)])
+def test_lidar_is_that_of_views_drawn_by_position(
+    make_classifier, make_trainer, plain_loaders, tmp_path, digits, read_metrics, size, lidar_images
+):
+    module = make_classifier()
+    callback = RepresentationSpectrum(
+        ["network.4"], lidar_views=3, lidar_images=lidar_images, augmentation=[RandomCrop(1), Jitter()]
+    )
+    validated(make_trainer, tmp_path, module, plain_loaders(val_batch_size=size)[1], callback)
+    chosen = evenly_spaced(torch.arange(144), lidar_images, 144).nonzero()[:, 0]
+    augmentation = nn.Sequential(RandomCrop(1), Jitter())
+    with torch.random.fork_rng():
+        views = augmented_views(digits[2][chosen], chosen, augmentation, 3)
+    features = torch.stack([by_hand(module, module.state_dict(), view, 4).mean((2, 3)) for view in views])
+    logged = read_metrics(tmp_path)
+    assert logged["representation/network.4/lidar"][0] == pytest.approx(lidar_by_hand(features), rel=1e-4)
+    assert logged["representation/network.4/lidar_images"][0] == min(lidar_images, 144)
+    assert logged["representation/network.4/samples"][0] == 144, "the spectrum is of the images themselves"
+
+
+def test_views_of_an_image_differ_and_do_not_depend_on_its_batch():
+    images = torch.rand(6, 1, 8, 8)
+    places = torch.tensor([4, 9, 11, 12, 30, 31])
+    whole = augmented_views(images, places, Jitter(), 4)
+    part = augmented_views(images[2:4], places[2:4], Jitter(), 4)
+    assert torch.equal(whole[:, 2:4], part)
+    assert len({tuple(view.flatten().tolist()) for view in whole[:, 0]}) == 4
+    offsets = (whole - images)[0].flatten(1)
+    assert not torch.allclose(offsets[0], offsets[1])
+
+
+def test_evenly_spaced_positions_are_as_many_as_asked_for():
+    for size in (7, 100, 144):
+        for count in (2, 6, 7):
+            chosen = evenly_spaced(torch.arange(size + 5), count, size).nonzero()[:, 0]
+            assert len(chosen) == count
+            assert chosen.diff().max() - chosen.diff().min() <= 1
+    assert evenly_spaced(torch.arange(5), 9, 5).all()
+    assert evenly_spaced(torch.arange(5), 3, None).tolist() == [True, True, True, False, False]
+
+
+def test_module_draws_views_with_its_own_augmentation(
+    make_classifier, make_trainer, plain_loaders, tmp_path, read_metrics
+):
+    logged = []
+    for given in (None, [RandomHorizontalFlip()]):
+        module = make_classifier()
+        module.augmentation = RandomHorizontalFlip() if given is None else None
+        callback = RepresentationSpectrum(["network.4"], lidar_views=4, augmentation=given)
+        folder = tmp_path / str(given is None)
+        validated(make_trainer, folder, module, plain_loaders()[1], callback)
+        logged.append(read_metrics(folder)["representation/network.4/lidar"][0])
+    assert logged[0] == logged[1] > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"lidar_views": 1}, "Expected `lidar_views` of 0 or at least 2, got 1: one view of an image has no scatter"),
+        ({"lidar_views": 2, "lidar_images": 1}, "Expected `lidar_images` of at least 2, got 1"),
+        ({"lidar_views": 2, "pool": "tokens"}, "for `lidar_views`, got 'tokens'"),
+        ({"lidar_views": 2}, "Expected `augmentation` to draw views with, since Classifier has none of its own"),
+        ({"weights": "ema"}, "Expected a callback `EMAWeightAveraging` in the trainer for `weights` 'ema'"),
+        ({"measures": ["rankme_uncentred"]}, "such as rankme"),
+    ],
+)
+def test_options_that_cannot_be_raise_before_anything_runs(
+    make_classifier, make_trainer, plain_loaders, tmp_path, options, sentence
+):
+    with pytest.raises(ValueError, match=sentence):
+        validated(make_trainer, tmp_path, make_classifier(), plain_loaders()[1], RepresentationSpectrum(**options))
+
+
+def test_augmentation_that_changes_nothing_raises(make_classifier, make_trainer, plain_loaders, tmp_path):
+    callback = RepresentationSpectrum(lidar_views=2, augmentation=[nn.Identity()])
+    with pytest.raises(ValueError, match="Expected `augmentation` to change images"):
+        validated(make_trainer, tmp_path, make_classifier(), plain_loaders()[1], callback)
+
+
+# ------------------------------------------------------------------------------------------------ averaged weights
+
+
+class Averages(States):
+    """The averaged state as well."""
+
+    def __init__(self, averaging):
+        super().__init__()
+        self.averaging, self.averages = averaging, {}
+
+    def on_validation_end(self, trainer, module):
+        super().on_validation_end(trainer, module)
+        average = self.averaging._average_model.module
+        self.averages[trainer.global_step] = {key: value.clone() for key, value in average.state_dict().items()}
+
+
+@pytest.mark.parametrize("weights", ["current", "ema", None])
+def test_current_and_averaged_weights_are_measured_and_left_as_they_are(
+    make_classifier, make_trainer, plain_loaders, tmp_path, digits, weights, averaged_run, read_metrics
+):
+    module = make_classifier()
+    averaging = EMAWeightAveraging(decay=0.5)
+    averages = Averages(averaging)
+    watched = [] if weights is None else [RepresentationSpectrum(["network.4"], weights=weights)]
+    trainer = make_trainer(
+        tmp_path, max_steps=6, val_check_interval=3, num_sanity_val_steps=-1, callbacks=[*watched, averaging, averages]
+    )
+    torch.manual_seed(0)
+    trainer.fit(module, *plain_loaders())
+    for step in (3, 6):
+        current, average = averages.states[step], averages.averages[step]
+        assert not torch.equal(current["network.0.weight"], average["network.0.weight"])
+        if weights:
+            state = current if weights == "current" else average
+            sigma = centered_spectrum(by_hand(make_classifier(), state, digits[2], 4).mean((2, 3)))
+            np.testing.assert_allclose(spectra(tmp_path)[step]["network.4"], sigma, rtol=1e-4, atol=1e-4 * sigma[0])
+    # Bit for bit the run that nobody watched, in both sets of weights and in the loss, which is of the average.
+    loss = read_metrics(tmp_path)["val/loss"]
+    found = {"states": averages.states, "averages": averages.averages}
+    first = averaged_run.setdefault("first", (loss, found))
+    assert first[0] == loss
+    for kind in found:
+        for step, state in found[kind].items():
+            assert all(torch.equal(state[key], first[1][kind][step][key]) for key in state)
+
+
+@pytest.fixture(scope="module")
+def averaged_run():
+    return {}
+
+
+# ------------------------------------------------------------------------------------------------ two processes
+
+
+def in_one_of_two(rank, port, folder):
+    """One of two processes that validate as Lightning's DDP has it."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "NODE_RANK": "0",
+        "LOCAL_RANK": str(rank),
+    }
+    warnings.filterwarnings("ignore")
+    for name in RUNS:
+        validate(folder / name, name, strategy="ddp", devices=2)
+
+
+RUNS = {
+    # 359 validation images: 180 and 179, in batches of which the last is smaller.
+    "masklr": {"layers": ["network.4", "network.7"], "lidar_views": 2, "lidar_images": 50},
+    "skip": {"layers": ["network.4"], "on_nonfinite": "skip"},
+    "raise": {"layers": ["network.4"]},
+    "padded": {"layers": ["network.4"]},
+}
+
+
+class Spoil(nn.Module):
+    """Images that begin with a bright pixel give no finite feature; two of the validation split do."""
+
+    def forward(self, images):
+        return torch.where(images[:, :, :1, 3:4] > 0.9, torch.nan, images)
+
+
+def validate(folder, name, **options):
+    from masklr.data import Digits
+
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.ReLU(),
+        nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+    module = Numbers(nn.Sequential(Spoil(), network) if name in ("skip", "raise") else network)
+    callback = RepresentationSpectrum(
+        **RUNS[name] | {"layers": [f"network.{'1.4' if name in ('skip', 'raise') else '4'}"]},
+        measures=["rankme", "stable_rank", "effective_rank", "participation_ratio"],
+        augmentation=[RandomCrop(1)],
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        precision="64-true",  # so that nothing hangs on how batches are cut
+        default_root_dir=folder,
+        logger=CSVLogger(folder, name="", version=""),
+        callbacks=[callback],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **options,
+    )
+    data = Digits(batch_size=32, val_fraction=0.25)
+    loaders = {"datamodule": data}
+    if name == "padded":
+        data.setup("validate")
+        images = torch.cat([batch[0] for batch in data.val_dataloader()])[:143]
+        loaders = {"dataloaders": torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images), 20)}
+    try:
+        trainer.validate(module, verbose=False, **loaders)
+    except ValueError as error:
+        (folder / f"error_{trainer.global_rank}").write_text(str(error))
+
+
+class Numbers(pl.LightningModule):
+    """A network on uint8 images, in the precision of the trainer."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return self.network(images.to(self.dtype) / 255)
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Folders of the same validations by one process and by two."""
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(in_one_of_two, args=(port, two), nprocs=2)
+    for name in RUNS:
+        validate(one / name, name)
+    return one, two
+
+
+@pytest.mark.parametrize("name", ["masklr", "skip"])
+def test_two_processes_log_the_numbers_of_one(two_processes, read_metrics, name):
+    one, two = (read_metrics(folder / name) for folder in two_processes)
+    keys = [key for key in one if key.startswith("representation/")]
+    assert keys == [key for key in two if key.startswith("representation/")]
+    assert any("lidar" in key for key in keys) == (name == "masklr")
+    assert any("skipped" in key for key in keys) == (name == "skip")
+    assert not any("repeated" in key for key in keys)
+    for key in keys:
+        assert two[key][0] == pytest.approx(one[key][0], rel=1e-9), key
+    sigma = [spectra(folder / name)[0] for folder in two_processes]
+    for layer, values in sigma[0].items():
+        np.testing.assert_allclose(sigma[1][layer], values, rtol=1e-9, atol=1e-9 * values[0])
+
+
+def test_features_that_are_not_finite_on_one_process_end_both(two_processes):
+    told = {path.name: path.read_text() for folder in two_processes for path in (folder / "raise").glob("error_*")}
+    assert set(told) == {"error_0", "error_1"}
+    assert len(set(told.values())) == 1
+    assert "NaN or infinity in " in told["error_1"]
+
+
+def test_samples_that_a_sampler_repeats_are_counted(two_processes, read_metrics):
+    one, two = (read_metrics(folder / "padded") for folder in two_processes)
+    assert one["representation/network.4/samples"][0] == 143
+    assert "representation/network.4/samples_repeated" not in one
+    assert two["representation/network.4/samples"][0] == 144
+    assert two["representation/network.4/samples_repeated"][0] == 1
