@@ -6,7 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from masklr.masks import NUM_BLOCKS, _first_cover, block_keep, fixed_patch_split, num_masked, patch_split, unit_keep
+from masklr.masks import (
+    NUM_BLOCKS,
+    _first_cover,
+    _torch_int16,
+    block_keep,
+    fixed_patch_split,
+    kept_share,
+    num_masked,
+    patch_split,
+    unit_keep,
+    weight_keep,
+)
 
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 9)).filter(lambda grid: grid[0] * grid[1] > 1)
 
@@ -54,6 +65,58 @@ def test_block_keep_is_constant_on_blocks_and_equals_units_on_them(blocks, block
     keep = block_keep((3, blocks * block_size), p, block_size, generator=seeded())
     units = unit_keep((3, blocks), p, generator=seeded())
     assert torch.equal(keep, units.repeat_interleave(block_size, dim=1))
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def integers(request, monkeypatch):
+    """Both sources of `weight_keep`: the CPU's, and that of other devices on the CPU."""
+    if request.param == "torch":
+        monkeypatch.setattr("masklr.masks._uniform_int16", _torch_int16)
+
+
+@pytest.mark.parametrize("p", [0.001, 0.3, 0.5, 0.9])
+def test_weight_keep_frequency_is_within_five_standard_errors(p, integers):
+    keep = weight_keep((401, 499), p, seed=3)
+    assert keep.dtype == torch.bool
+    assert abs(keep.double().mean() - kept_share(p)) < 5 * math.sqrt(p * (1 - p) / keep.numel())
+    for axis in (0, 1):  # no row and no column is special
+        share = keep.double().mean(axis)
+        assert (share - kept_share(p)).abs().max() < 5 * math.sqrt(p * (1 - p) / keep.shape[axis]) + 0.01
+
+
+@given(
+    shape=st.lists(st.integers(0, 7), min_size=1, max_size=4),
+    p=st.floats(0, 1, exclude_max=True),
+    seed=st.integers(0, 2**63 - 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_weight_keep_is_a_function_of_the_seed_and_writes_where_told(shape, p, seed):
+    keep = weight_keep(shape, p, seed=seed)
+    out = torch.full(shape, torch.nan)
+    assert weight_keep(shape, p, seed=seed, out=out) is out
+    assert torch.equal(out, keep.float())
+    assert list(keep.shape) == shape
+    assert 0 < kept_share(p) <= 1
+    assert abs(kept_share(p) - (1 - p)) <= 2**-16
+
+
+def test_weight_keep_of_neighbouring_seeds_are_independent(integers):
+    first, second = (weight_keep((100, 1000), 0.5, seed=seed).double() * 2 - 1 for seed in (8, 9))
+    assert abs((first * second).mean()) < 5 / math.sqrt(first.numel())
+
+
+def test_weight_keep_leaves_the_global_generators_alone(integers):
+    state = torch.get_rng_state()
+    assert weight_keep((3, 5), 0.0, seed=2**63 - 1).all()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, math.nan])
+def test_weight_keep_of_a_wrong_probability_raises(p):
+    with pytest.raises(ValueError, match=r"Expected `p` in \[0, 1\), got"):
+        weight_keep((2,), p, seed=0)
+    with pytest.raises(ValueError, match=r"Expected `p` in \[0, 1\), got"):
+        kept_share(p)
 
 
 def test_block_size_that_does_not_divide_raises():

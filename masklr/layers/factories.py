@@ -253,6 +253,8 @@ class Groups(MaskFactory):
 
     def refusal(self, layer: nn.Module) -> str | None:
         """Why the factory can't replace a layer."""
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)) and self.dim not in (1, -3):
+            return f"a {type(layer).__name__}, whose channels are axis 1 (set `dim` to 1)"
         width = {-1: getattr(layer, "out_features", None), 1: getattr(layer, "out_channels", None)}.get(self.dim)
         if isinstance(width, int) and width % self.group_size:
             return f"whose {width} channels `group_size` {self.group_size} does not divide"
