@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric
 from masklr.layers import LayerFactory, insert
 from masklr.optim import Optim
 from masklr.tasks.normalization import Normalization
-from masklr.tasks.split_metrics import log_split
+from masklr.tasks.split_metrics import begin_split, log_split
 
 
 class Classification(pl.LightningModule):
@@ -90,6 +90,12 @@ class Classification(pl.LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/accuracy", accuracy(logits, labels))
         return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Nothing is counted yet."""
+        begin_split(self.metrics)
+
+    on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Cross-entropy and accuracy, without label smoothing."""

@@ -47,11 +47,51 @@ def _hidden_penalty(linear: Any, second_moment: Tensor) -> Tensor:
     return deep_dropout_penalty(weights, p, second_moment)
 
 
-def closed_form_problem(model: nn.Module) -> str | None:
-    """Why there is no closed form for a model's masks, as the end of a sentence; None if there is one."""
+def closed_form_problem(model: nn.Module, loss_on: str = "all") -> str | None:
+    """Why theory does not know the expected loss of a model, as the end of a sentence; None if it does.
+
+    Args:
+        model: Any module.
+        loss_on: `all` outputs, or those whose input is `masked`.
+    """
     linear: Any = model
     if not hasattr(model, "input_mask_covariance"):
         return f"a {type(model).__name__} (only for a DeepLinear)"
     if linear.mask == "groups" and len(linear.weights) > 2:
         return f"`mask` groups on {len(linear.weights) - 1} hidden layers (only on one)"
+    if loss_on == "masked" and any(linear.drop_probabilities):
+        return "`loss_on` masked together with masks on hidden units or weights"
     return None
+
+
+def masked_inputs_loss(model: nn.Module, second_moment: Tensor) -> Tensor:
+    r"""Expectation of the squared error on masked inputs alone, of a `DeepLinear` that predicts its own inputs.
+
+    .. math:: (1 - \theta) \Bigl(\mathrm{tr}\, C - \frac{2 a}{\theta} \langle W, C \rangle
+        + \frac{1}{\theta^2} \langle W (C \circ A), W \rangle\Bigr)
+
+    W is the product without entries inside a patch, which never meet a masked output. Given that an input is masked,
+    another patch is kept with probability a, and two others with probability A_ij = a_2, or a if they are the same one:
+    theta and theta^2 where patches are masked independently, K / (N - 1) and K (K - 1) / ((N - 1) (N - 2)) where
+    exactly K of N are kept.
+
+    Args:
+        model: A `DeepLinear` with an input mask and without hidden masks.
+        second_moment: C = E[x x^T] of the unmasked inputs (n, n).
+
+    Returns:
+        A float64 scalar, summed over inputs, averaged over samples.
+    """
+    linear: Any = model
+    C, theta = second_moment.double(), linear.input_keep_probability
+    num_patches = linear.sizes[0] // linear.patch_size
+    one, two = theta, theta**2
+    if linear.exact_count:
+        kept = round(num_patches * theta)
+        one = kept / (num_patches - 1)
+        two = one * (kept - 1) / max(num_patches - 2, 1)
+    patch = torch.arange(len(C), device=C.device) // linear.patch_size
+    same = (patch == patch[:, None]).double()
+    W = linear.product().double() * (1 - same)
+    pairs = C * (one * same + two * (1 - same))
+    return (1 - theta) * (C.trace() - 2 * one / theta * (W * C).sum() + ((W @ pairs) * W).sum() / theta**2)

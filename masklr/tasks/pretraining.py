@@ -12,7 +12,7 @@ from masklr.layers import LayerFactory, insert
 from masklr.masks import fixed_patch_split, patch_split
 from masklr.optim import Optim
 from masklr.tasks.normalization import Normalization
-from masklr.tasks.split_metrics import log_split
+from masklr.tasks.split_metrics import begin_split, log_split
 
 
 class Pretraining(pl.LightningModule):
@@ -90,6 +90,7 @@ class Pretraining(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Count positions from the start of the split."""
+        begin_split(self.losses)
         self._seen = 0
 
     on_test_epoch_start = on_validation_epoch_start

@@ -3,14 +3,15 @@
 from typing import Any, Literal
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from masklr.layers import LayerFactory, insert
 from masklr.optim import Optim
-from masklr.tasks.mask_penalty import MaskPenalty, closed_form_problem
-from masklr.tasks.split_metrics import log_split
+from masklr.tasks.mask_penalty import MaskPenalty, closed_form_problem, masked_inputs_loss
+from masklr.tasks.split_metrics import begin_split, log_split
 
 
 class Regression(pl.LightningModule):
@@ -19,9 +20,9 @@ class Regression(pl.LightningModule):
     The loss is the sum over outputs of squared errors, averaged over samples. Batches are `(x, y, ...)`, as
     `masklr.data.Synthetic` gives them. `forward` is the evaluation path: outputs without masks.
 
-    Logged: `train/loss`; `val/loss`, without masks; and beside it, for a `DeepLinear` on data that state their
-    `second_moment`, `val/objective`: the expectation over masks of the training loss, by theory (exact, where the
-    validation split has that second moment, as Synthetic's has).
+    Logged: `train/loss`; `val/loss`, of all outputs without masks; and beside it, for a `DeepLinear` on data that state
+        their `second_moment`, `val/objective`: the expectation over masks of the training loss, by theory (exact, where
+        the validation split has that second moment, as Synthetic's has).
 
     Args:
         model: Any module that maps x to y; a `DeepLinear` for the closed form and for masked inputs.
@@ -54,8 +55,9 @@ class Regression(pl.LightningModule):
             raise ValueError(f"Expected `penalty` sampled or closed_form, got {penalty!r}.")
         if loss_on not in ("all", "masked"):
             raise ValueError(f"Expected `loss_on` all or masked, got {loss_on!r}.")
-        others = {"`masks` put into the model": bool(masks), "`loss_on` masked": loss_on == "masked"}
-        self._problem = closed_form_problem(model) or next((name for name, given in others.items() if given), None)
+        if penalty == "closed_form" and loss_on == "masked":
+            raise ValueError("Expected `penalty` sampled beside `loss_on` masked, got closed_form.")
+        self._problem = "`masks` put into the model" if masks else closed_form_problem(model, loss_on)
         if penalty == "closed_form" and self._problem:
             raise ValueError(f"Expected `penalty` sampled, since there is no closed form for {self._problem}.")
         if loss_on == "masked":
@@ -65,7 +67,7 @@ class Regression(pl.LightningModule):
         self.optim, self.penalty, self.loss_on = optim, penalty, loss_on
         self.metrics: Any = nn.ModuleDict({name: MeanMetric() for name in ("loss", "objective")})
         self._mask_penalty: MaskPenalty | None = None
-        self._evaluation_penalty: Tensor | None = None
+        self._expected: Tensor | None = None  # by theory, at the weights that are evaluated
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs (B, m) of inputs (B, n), unmasked in evaluation mode."""
@@ -73,13 +75,16 @@ class Regression(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Take the second moment of the inputs from the data module, once."""
-        second_moment = getattr(getattr(self.trainer, "datamodule", None), "second_moment", None)
-        if second_moment is None or self._problem:
-            if self.penalty == "closed_form":
-                raise ValueError("Expected data with a `second_moment` for `penalty` closed_form, such as Synthetic.")
-            return
-        if self._mask_penalty is None or self._mask_penalty.second_moment.device != self.device:
-            self._mask_penalty = MaskPenalty(self.model, second_moment.to(self.device))
+        data: Any = getattr(self.trainer, "datamodule", None)
+        stated = getattr(data, "second_moment", None) is not None
+        if self.penalty == "closed_form" and not stated:
+            raise ValueError("Expected data with a `second_moment` for `penalty` closed_form, such as Synthetic.")
+        if self.loss_on == "masked" and stated and not predicts_inputs(data):
+            raise ValueError(
+                "Expected data whose targets are its inputs for `loss_on` masked (Synthetic: `autoencode`)."
+            )
+        if stated and self._problem is None:
+            self._mask_penalty = MaskPenalty(self.model, data.second_moment.to(self.device))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss with masks drawn anew, or without masks and with their penalty."""
@@ -97,20 +102,25 @@ class Regression(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """The penalty at the weights that are evaluated."""
-        self.on_fit_start()
+        """What theory says of the weights that are evaluated."""
+        begin_split(self.metrics)
+        if self.trainer.state.fn != "fit":
+            self.on_fit_start()
         if self._mask_penalty is not None:
-            self._evaluation_penalty = self._mask_penalty(self.model)
+            masked = self.loss_on == "masked"
+            C = self._mask_penalty.second_moment
+            self._expected = masked_inputs_loss(self.model, C) if masked else self._mask_penalty(self.model)
 
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """The loss without masks."""
+        """The loss without masks, and the objective."""
         x, y = batch[:2]
         loss = squared_error(self(x), y)
         self.metrics["loss"].update(loss, weight=len(x))
-        if self._evaluation_penalty is not None:
-            self.metrics["objective"].update(loss + self._evaluation_penalty, weight=len(x))
+        if self._expected is not None:
+            objective = self._expected if self.loss_on == "masked" else loss + self._expected
+            self.metrics["objective"].update(objective, weight=len(x))
 
     test_step = validation_step
 
@@ -123,7 +133,7 @@ class Regression(pl.LightningModule):
         self._log("test")
 
     def _log(self, split: str) -> None:
-        names = ("loss",) if self._evaluation_penalty is None else ("loss", "objective")
+        names = ("loss",) if self._expected is None else ("loss", "objective")
         log_split(self, split, {name: self.metrics[name] for name in names})
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -147,7 +157,6 @@ def squared_error(outputs: Tensor, targets: Tensor, counted: Tensor | None = Non
         ValueError: Shapes that differ, which would broadcast.
 
     Example:
-        >>> import torch
         >>> squared_error(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2))
         tensor(5.)
     """
@@ -155,6 +164,13 @@ def squared_error(outputs: Tensor, targets: Tensor, counted: Tensor | None = Non
         raise ValueError(f"Expected outputs of the targets' shape {tuple(targets.shape)}, got {tuple(outputs.shape)}.")
     squares = (outputs - targets).square()
     return (squares if counted is None else squares * counted).sum() / len(targets)
+
+
+def predicts_inputs(data: Any) -> bool:
+    """Whether nothing that a data module states (`target_matrix`, `irreducible`) says that targets are not inputs."""
+    target = getattr(data, "target_matrix", None)
+    identical = target is None or target.equal(torch.eye(*target.shape).to(target))
+    return identical and not getattr(data, "irreducible", 0.0)
 
 
 def _check_masked_inputs(model: nn.Module) -> None:

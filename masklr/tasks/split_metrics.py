@@ -6,6 +6,18 @@ import pytorch_lightning as pl
 from torchmetrics import Metric
 
 
+def begin_split(metrics: Mapping[str, Metric]) -> None:
+    """Empty the metrics before an evaluation.
+
+    `trainer.validate` runs in inference mode and leaves tensors behind that `trainer.fit` cannot add to.
+
+    Args:
+        metrics: Metrics by name.
+    """
+    for metric in metrics.values():
+        metric.reset()
+
+
 def log_split(task: pl.LightningModule, split: str, metrics: Mapping[str, Metric]) -> None:
     """Log each metric as `{split}/{name}` at the exact step, over all processes, at the end of an evaluation.
 
@@ -24,8 +36,7 @@ def log_split(task: pl.LightningModule, split: str, metrics: Mapping[str, Metric
         task.log_dict({**named, "step": float(trainer.global_step)})
         return
     values = {key: metric.compute().item() for key, metric in named.items()}
-    for metric in named.values():
-        metric.reset()
+    begin_split(named)
     if trainer.num_sanity_val_steps == float("inf"):
         for logger in task.loggers:
             logger.log_metrics(values, step=0)
