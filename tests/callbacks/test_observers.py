@@ -11,6 +11,7 @@ from torch import nn
 
 from masklr.callbacks import (
     GradientSpectrum,
+    InducedPenalty,
     Probe,
     Reconstructions,
     RepresentationSpectrum,
@@ -24,6 +25,9 @@ from masklr.callbacks import (
 pytestmark = pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode at the start of training")
 
 OBSERVERS = {
+    "InducedPenalty": lambda: InducedPenalty(
+        ("gauss_newton", "full_curvature", "symmetric_pairs", "measured"), num_samples=60, max_draws=4, probes=2
+    ),
     "WeightSpectrum": lambda: WeightSpectrum(every_n_steps=3),
     "GradientSpectrum": lambda: GradientSpectrum(every_n_steps=3),
     "UpdateSpectrum": lambda: UpdateSpectrum(every_n_steps=3),
