@@ -24,6 +24,7 @@ jaxtyping.install_import_hook(
             "probes",
             "theory",
             "models",
+            "layers",
         )
     ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",

@@ -3,7 +3,7 @@
 from masklr.layers.dropconnect import DropConnectConv2d, DropConnectLinear
 from masklr.layers.factories import DropConnect, Dropout, DropPath, Groups, LayerFactory, LowRank
 from masklr.layers.groups import GroupDropout
-from masklr.layers.insertion import check_optimizer, insert, masking, remove
+from masklr.layers.insertion import Mask, check_optimizer, insert, masking, remove
 from masklr.layers.low_rank import LowRankConv2d, LowRankLinear
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "LowRank",
     "LowRankConv2d",
     "LowRankLinear",
+    "Mask",
     "check_optimizer",
     "insert",
     "masking",

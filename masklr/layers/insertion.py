@@ -1,7 +1,7 @@
 """Put masks and low-rank layers into any model, and take the masks out again."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -82,6 +82,7 @@ def remove(model: nn.Module) -> list[str]:
     return [name for name, layer in layers.items() if id(layer) in changed]
 
 
+@runtime_checkable
 class Mask(Protocol):
     """Whatever drops something with an adjustable probability."""
 

@@ -1,7 +1,5 @@
 """Linear and convolutional layers whose weight is a product of two thin factors."""
 
-from typing import Self
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -36,7 +34,7 @@ class LowRankLinear(nn.Module):
         self._factorize(nn.Linear(in_features, out_features, bias), rank)
 
     @classmethod
-    def from_linear(cls, layer: nn.Linear, rank: int) -> Self:
+    def from_linear(cls, layer: nn.Linear, rank: int) -> "LowRankLinear":
         """The best approximation of a linear layer in the Frobenius norm, with the same bias parameter.
 
         Args:
@@ -127,7 +125,7 @@ class LowRankConv2d(nn.Module):
         )
 
     @classmethod
-    def from_conv(cls, layer: nn.Conv2d, rank: int) -> Self:
+    def from_conv(cls, layer: nn.Conv2d, rank: int) -> "LowRankConv2d":
         """The best approximation of a convolution's matrix of filters in the Frobenius norm, with the same bias.
 
         Args:

@@ -2,6 +2,7 @@ import copy
 import math
 import pickle
 
+import jaxtyping
 import pytest
 import timm
 import torch
@@ -295,7 +296,8 @@ def test_a_factory_called_by_hand_refuses_by_the_name_of_the_class():
         (lambda: LowRank(0), "Expected `rank` of at least 1, got 0"),
     ],
 )
-def test_wrong_arguments_of_factories_raise(factory, message):
+def test_wrong_arguments_of_factories_raise(factory, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the factory itself is to refuse a wrong `per`
     with pytest.raises(ValueError, match=message):
         factory()
 
