@@ -21,13 +21,14 @@ def spectrum_figure(
         step: When, for the title.
     """
     from matplotlib.figure import Figure  # not pyplot: no global state and no window
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     names = _evenly(list(spectra))
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(0.4 + 2.4 * columns, 0.8 + 1.8 * rows), dpi=110, layout="constrained")
-    shown = f"{len(names)} of {len(spectra)} matrices" if len(names) < len(spectra) else "singular values"
-    figure.suptitle(f"{shown}, step {step:,}", fontsize=10)
+    shown = f" of {len(names)} of {len(spectra)} matrices" if len(names) < len(spectra) else ""
+    figure.suptitle(f"singular values{shown}, largest first, step {step:,}", fontsize=10)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax, name in zip(axes, names, strict=False):
         scale = spectra[name].norm() / nulls[name].norm()
@@ -36,6 +37,9 @@ def spectrum_figure(
             _line(ax, initial[name], "initialization", color="tab:orange")
         _line(ax, spectra[name], f"step {step:,}", color="tab:blue")
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set_title(name, fontsize=8)
         ax.tick_params(labelsize=7)
         ax.margins(x=0.02)

@@ -7,6 +7,7 @@ import timm
 import torch
 
 from masklr.callbacks import WeightSpectrum
+from masklr.callbacks.spectrum_figure import spectrum_figure
 
 
 class Weights(pl.Callback):
@@ -193,3 +194,146 @@ def test_names_that_match_nothing_raise_before_training(
 def test_bad_options_raise(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         WeightSpectrum(**options)
+
+
+# ------------------------------------------------------------------------------------------------ products, picture
+
+
+def transformer():
+    options = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 12, "depth": 2, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=10, **options)
+
+
+@pytest.fixture(scope="module")
+def products(make_classifier, make_trainer, plain_loaders, tmp_path_factory, read_metrics):
+    """A transformer for 4 steps with validations at 0, 2 and 4, with its states and what its layers were given."""
+    folder, weights = tmp_path_factory.mktemp("products"), Weights()
+    callback = WeightSpectrum(
+        "network",
+        every_n_steps=2,
+        attention_products=True,
+        products=[["blocks.*.mlp.fc1", "blocks.*.mlp.fc2"], ["blocks.0.attn.qkv.v", "blocks.0.attn.proj"]],
+        weighted=True,
+    )
+    options = {"max_steps": 4, "val_check_interval": 2, "num_sanity_val_steps": -1}
+    trainer = make_trainer(folder, callbacks=[callback, weights], **options)
+    trainer.fit(make_classifier(transformer), *plain_loaders())
+    return folder, weights.states, read_metrics(folder)
+
+
+def test_products_are_measured_beside_the_matrices_and_averaged_apart(products):
+    folder, states, metrics = products
+    found = spectra(folder)[4]
+    kinds = {
+        "mean_qk": [f"blocks.{i}.attn.qk.{h}" for i in range(2) for h in range(2)],
+        "mean_ov": [f"blocks.{i}.attn.ov.{h}" for i in range(2) for h in range(2)],
+        "mean_product": ["blocks.0.mlp.fc2*fc1", "blocks.1.mlp.fc2*fc1", "blocks.0.attn.proj*qkv.v"],
+    }
+    kinds["mean"] = [name for name in found if not any(name in names for names in kinds.values())]
+    assert len(kinds["mean"]) == 2 + 2 * 6
+    for mean, names in kinds.items():
+        ranks = [effective_rank(found[name]) for name in names]
+        assert metrics[f"weight/{mean}/effective_rank"][4] == pytest.approx(sum(ranks) / len(ranks))
+    fc1, fc2 = (states[4][f"network.blocks.1.mlp.{name}.weight"].double() for name in ("fc1", "fc2"))
+    expected = torch.linalg.svdvals(fc2 @ fc1)
+    np.testing.assert_allclose(found["blocks.1.mlp.fc2*fc1"], expected, rtol=1e-6)
+
+
+def test_null_of_a_product_is_that_of_a_product(products):
+    _, _, metrics = products
+    draws = [np.random.default_rng(i).standard_normal((2, 12, 48)) for i in range(200)]
+    ranks = [effective_rank(np.linalg.svd(a @ b.T, compute_uv=False)) for a, b in draws]
+    null = metrics["weight/blocks.0.mlp.fc2*fc1/effective_rank_null"][0]
+    assert abs(null - np.mean(ranks)) < 5 * np.std(ranks)  # one draw against their spread
+    assert null < metrics["weight/blocks.0.mlp.fc1/effective_rank_null"][0] - 1  # a single matrix is flatter
+
+
+def test_weighted_product_is_the_map_times_the_root_of_the_second_moment_of_its_inputs(
+    products, make_classifier, digits
+):
+    folder, states, metrics = products
+    files = sorted((folder / "spectra" / "weight_spectrum_weighted").iterdir())
+    assert [file.stem for file in files] == ["step=00000000", "step=00000002", "step=00000004"]
+    for step, file in zip((0, 2, 4), files, strict=True):
+        module, inputs = make_classifier(transformer).eval(), []
+        module.load_state_dict(states[step])
+        block = module.network.blocks[1].mlp
+        block.fc1.register_forward_pre_hook(lambda layer, args, inputs=inputs: inputs.append(args[0]))
+        with torch.no_grad():
+            module(digits[2])
+        X = torch.cat(inputs).flatten(0, 1).double()
+        # The singular values of (map x C^(1/2)) are those of the outputs over the root of their number.
+        outputs = X @ (block.fc2.weight.double() @ block.fc1.weight.double()).T
+        expected = torch.linalg.svdvals(outputs.detach()) / len(X) ** 0.5
+        np.testing.assert_allclose(np.load(file)["blocks.1.mlp.fc2*fc1"], expected, rtol=1e-4, atol=1e-6)
+        key = "weight/blocks.1.mlp.fc2*fc1"
+        assert metrics[f"{key}/effective_rank_weighted"][step] == pytest.approx(
+            effective_rank(expected.numpy()), rel=1e-4
+        )
+        assert metrics[f"{key}/samples_weighted"][step] == len(X) == 144 * 5
+        assert metrics[f"{key}/effective_rank_weighted_null"][step] > 0
+    assert set(np.load(files[0])) == {"blocks.0.mlp.fc2*fc1", "blocks.1.mlp.fc2*fc1", "blocks.0.attn.proj*qkv.v"}
+    weighted = metrics["weight/mean_product/effective_rank_weighted"][4]
+    assert weighted < metrics["weight/mean_product/effective_rank"][4]
+
+
+def test_weighted_layer_that_does_not_run_ends_the_run(make_classifier, make_trainer, plain_loaders, tmp_path):
+    network = lambda: torch.nn.ModuleDict({"a": torch.nn.Linear(64, 10), "b": torch.nn.Linear(10, 10)})  # noqa: E731
+    module = make_classifier(network)
+    module.forward = lambda images: module.network["b"](images.flatten(1)[:, :10])
+    callback = WeightSpectrum("network", products=[["a", "b"]], weighted=True)
+    trainer = make_trainer(tmp_path, max_steps=1, val_check_interval=1, callbacks=[callback])
+    with pytest.raises(ValueError, match=r"Layer of 'b\*a' did not run in `forward` of Classifier"):
+        trainer.fit(module, *plain_loaders())
+
+
+def test_a_picture_is_drawn_at_the_end_and_only_on_request(
+    products, make_classifier, make_trainer, plain_loaders, tmp_path
+):
+    folder, _, _ = products
+    assert [file.name for file in (folder / "pictures" / "weight_spectrum").iterdir()] == ["step=00000004.png"]
+    trainer = make_trainer(tmp_path, max_steps=1, callbacks=[WeightSpectrum(picture=False)], limit_val_batches=0)
+    trainer.fit(make_classifier(), *plain_loaders())
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_picture_shows_now_initialization_and_null_of_at_most_twelve_matrices():
+    now = {f"{i}": torch.tensor([4.0, 2.0, 0.0]) for i in range(30)}
+    figure = spectrum_figure(now, {"0": torch.tensor([3.0, 3.0])}, {name: torch.ones(2) for name in now}, 7)
+    panels = [ax for ax in figure.axes if ax.get_visible()]
+    assert [panels[0].get_title(), panels[-1].get_title(), len(panels)] == ["0", "29", 12]
+    lines = {line.get_label(): line.get_ydata().tolist() for line in panels[0].lines}
+    null = pytest.approx([10**0.5] * 2)  # of the norm of the present one
+    assert lines == {"random, same norm": null, "initialization": [3.0, 3.0], "step 7": [4.0, 2.0]}
+
+
+def test_initial_spectra_are_in_the_picture_of_a_resumed_run(make_classifier, make_trainer, plain_loaders, tmp_path):
+    drawn = {}
+    for name, steps, options in (("a", 4, {}), ("b", 8, {"ckpt_path": tmp_path / "a.ckpt", "weights_only": True})):
+        callback = WeightSpectrum(every_n_steps=2)
+        trainer = make_trainer(tmp_path / name, max_steps=steps, limit_val_batches=0, callbacks=[callback])
+        trainer.fit(make_classifier(), *plain_loaders(num_train=128), **options)
+        trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+        drawn[name] = callback.state_dict()["initial"]
+    for name, sigma in spectra(tmp_path / "a")[0].items():
+        np.testing.assert_array_equal(drawn["b"][name], sigma)
+
+
+def test_nan_ends_the_run_or_is_left_out(make_classifier, make_trainer, plain_loaders, tmp_path, read_metrics):
+    def spoiled():
+        module = make_classifier()
+        module.network[4].weight.data[0] = float("inf")
+        return module
+
+    trainer = make_trainer(tmp_path / "a", max_steps=1, callbacks=[WeightSpectrum()])
+    with pytest.raises(ValueError, match=r"Expected finite weights of 'network\.4', got NaN or infinity at step 0"):
+        trainer.fit(spoiled(), *plain_loaders())
+    callback = WeightSpectrum(on_nonfinite="skip")
+    trainer = make_trainer(tmp_path / "b", max_steps=1, callbacks=[callback], limit_val_batches=0)
+    trainer.fit(spoiled(), *plain_loaders())
+    assert set(spectra(tmp_path / "b")[0]) == {"network.0", "network.8"}
+
+
+def test_weighted_without_products_raises():
+    with pytest.raises(ValueError, match="Expected `products` to be weighted, got None"):
+        WeightSpectrum(weighted=True)
