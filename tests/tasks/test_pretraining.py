@@ -347,3 +347,33 @@ def test_images_that_the_model_was_not_built_for_are_refused_before_they_broadca
     task = make_task()
     with pytest.raises(ValueError, match=r"Expected images of 1 x 8 x 8 \(channels x height x width\), got"):
         task(torch.zeros(shape, dtype=torch.uint8))
+
+
+def test_masks_are_put_into_the_model_and_act_in_training_alone(make_mae, make_task, digits):
+    from masklr.layers import DropConnect, DropConnectLinear
+
+    masks = {"encoder.blocks.*.mlp.fc1": DropConnect(0.5), "decoder_blocks.0.mlp.fc2": DropConnect(0.25, per="sample")}
+    plain, task = make_task(), make_task(masks=masks)
+    assert list(task.state_dict()) == list(plain.state_dict())
+    masked = {name: layer.p for name, layer in task.model.named_modules() if type(layer) is DropConnectLinear}
+    assert masked == {
+        "encoder.blocks.0.mlp.fc1": 0.5,
+        "encoder.blocks.1.mlp.fc1": 0.5,
+        "decoder_blocks.0.mlp.fc2": 0.25,
+    }
+    images = digits[2][:4]
+    with torch.no_grad():
+        assert torch.equal(task.eval()(images), plain.eval()(images))
+        task.train()
+        assert not torch.equal(task(images), task(images))
+    with pytest.raises(ValueError, match=r"Expected `masks` to match something, got 'encoder\.blocks\.2'"):
+        make_task(masks={"encoder.blocks.2": DropConnect(0.5)})
+
+
+def test_evaluation_before_training_leaves_nothing_behind(make_trainer, make_task, make_digits, tmp_path):
+    task, data = make_task(), make_digits()
+    val_loss(make_trainer, tmp_path, task, data)
+    trainer = make_trainer(tmp_path, logger=False, max_steps=2, val_check_interval=2)
+    trainer.fit(task, data)
+    again = val_loss(make_trainer, tmp_path, task, data)
+    assert trainer.callback_metrics["val/loss"].item() == pytest.approx(again["val/loss"], rel=1e-6)
