@@ -220,6 +220,28 @@ def test_constant_pixels_change_nothing_for_the_others(second_moment, loss_on, r
     assert max(W[constant].abs().max(), W[:, constant].abs().max()) < 1e-15
 
 
+@pytest.mark.parametrize("loss_on", ["all", "masked"])
+@pytest.mark.parametrize("exact_count", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_copies_of_a_coordinate_share_its_weight(second_moment, loss_on, exact_count, seed):
+    small, ones = second_moment(6, seed=seed), torch.ones(3, 3, dtype=torch.float64)
+    W, loss = linear_mae(torch.kron(small, ones), 0.5, 3, loss_on, exact_count=exact_count)
+    alone, alone_loss = linear_mae(small, 0.5, 1, loss_on, exact_count=exact_count)
+    torch.testing.assert_close(W, torch.kron(alone, ones / 3), rtol=1e-9, atol=1e-11)  # the map of least norm
+    torch.testing.assert_close(loss, 3 * alone_loss, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("loss_on", ["all", "masked"])
+def test_a_single_copy_is_noticed(second_moment, loss_on, seed):
+    order = torch.tensor([0, 1, 2, 3, 4, 4])
+    C = second_moment(5, seed=seed)[order[:, None], order]
+    # Rounding may leave a Cholesky factor with a last pivot of some 1e-16, and a map of any size.
+    W = linear_mae(C, 0.5, 2, loss_on).W
+    torch.testing.assert_close(W[:, 4], W[:, 5], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(W[4], W[5], rtol=1e-8, atol=1e-10)
+
+
 def test_regressions_by_one_inverse_equal_those_patch_by_patch(monkeypatch, second_moment):
     C = second_moment(12)
     together = [linear_mae(C, 0.5, size, "masked", exact_count=exact) for size in (1, 3) for exact in (False, True)]
@@ -261,6 +283,14 @@ def test_a_gram_of_few_samples_in_float32_is_positive_enough():
     assert torch.linalg.eigvalsh(C)[0] < 0
     narrow, wide = linear_mae(C, 0.5), linear_mae(samples.double().T @ samples.double() / 5, 0.5)
     torch.testing.assert_close(narrow.loss, wide.loss, rtol=1e-5, atol=0)
+
+
+def test_an_eigenvalue_that_rounding_made_negative_is_read_as_zero():
+    C = torch.ones(2, 2, dtype=torch.float64)
+    C[0, 1] = C[1, 0] = 1 + 1e-7  # eigenvalues 2 and -1e-7; the masks' noise all but cancels the second
+    W, loss = linear_mae(C, 1.001e-7)
+    torch.testing.assert_close(torch.linalg.eigvalsh(W), torch.tensor([0, 1], dtype=torch.float64), rtol=0, atol=1e-6)
+    assert loss.item() == pytest.approx(1.001e-7, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ bad input
