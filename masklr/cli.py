@@ -1,6 +1,7 @@
 """The command `masklr`: what it can do, and one place where a user's mistake becomes a sentence.
 
-Imports nothing heavy: `masklr --help` answers at once. Commands that need Lightning live in `masklr.recipe_cli`.
+Imports nothing heavy: `masklr --help` answers at once. Commands that need Lightning live in `masklr.recipe_cli`, and
+`masklr measure` in `masklr.measure_cli`.
 """
 
 import os
@@ -16,6 +17,7 @@ COMMANDS = {
     "validate": "measure a checkpoint on the validation split",
     "test": "measure a checkpoint on the test split",
     "predict": "write features or logits of a data set as safetensors",
+    "measure": "spectra of the weights of a checkpoint or a timm model: a table and a picture",
 }
 
 HELP = """masklr: train with masks, see the rank, use the rank.
@@ -29,6 +31,8 @@ commands:
   masklr fit --config RECIPE.yaml     run a recipe; those of masklr are in configs/
   masklr fit --config RECIPE.yaml --print_config
                                       the recipe with all defaults filled in
+  masklr measure CHECKPOINT_OR_TIMM_NAME
+                                      needs no recipe; files go to measured/NAME
   masklr --version                    the version
 
 A run writes into runs/NAME/VERSION: config.yaml, metrics.csv, spectra/, pictures/, checkpoints/, wandb/ (offline unless
@@ -51,9 +55,14 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         return _failed(f"Expected a command, got {command!r}{did_you_mean(command, COMMANDS)}")
     try:
-        from masklr.recipe_cli import run
+        if command == "measure":
+            from masklr.measure_cli import run as measure
 
-        run(arguments)
+            measure(arguments[1:])
+        else:
+            from masklr.recipe_cli import run
+
+            run(arguments)
     except Exception as error:
         sentence = _sentence(error)
         if sentence is None or os.environ.get("MASKLR_DEBUG"):

@@ -31,6 +31,9 @@ MAY_IMPORT = {
     "loggers": {"callbacks.recording"},
     "summary": set(),
     "names": set(),
+    "state_dicts": set(),
+    "spectra_figure": set(),
+    "measure": {"spectra", "matrices", "products", "state_dicts", "spectra_figure"},
     "adapters": {"layers", "spectra", "moments", "matrices"},
     "compress": {"layers", "spectra", "moments", "matrices"},
     "tasks": {"theory", "masks", "layers", "optim", "adapters"},
@@ -38,7 +41,7 @@ MAY_IMPORT = {
     "report": {"spectra"},
     "sweep": {"spectra"},
 }
-COMMAND_LINE = {"cli", "recipe_cli", "recipe_parser"}  # may import everything
+COMMAND_LINE = {"cli", "recipe_cli", "recipe_parser", "measure_cli"}  # may import everything
 HEAVY = {"plotly", "matplotlib", "timm", "wandb", "torchvision", "sklearn", "datasets", "transformers"}
 
 
