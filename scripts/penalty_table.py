@@ -2,7 +2,7 @@
 
     python scripts/penalty_table.py
 
-Three networks are trained with dropout at p to 95 % training accuracy: MLPs 64-256-256-10 with ReLU and with GELU, and a
+Three networks are trained with dropout to 95 % training accuracy: MLPs 64-256-256-10 with ReLU and with GELU, and a
 vision transformer (width 64, depth 4, 4 heads, patch 2) with dropout after its projections. The penalty is that of all
 masks together on the first 512 images. Exits with 1 where full curvature or symmetric pairs are more than 10 % from the
 mean over 2,000 real masks.
