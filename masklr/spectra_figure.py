@@ -14,6 +14,10 @@ class Spectrum(Protocol):
     """Singular values of a matrix, and of a Gaussian one of that shape."""
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+
+    @property
     def sigma(self) -> Tensor:
         """Singular values, descending."""
 
@@ -56,8 +60,10 @@ def kinds(names: Sequence[str]) -> dict[str, list[str]]:
     if len(groups) > len(kept):
         kept = kept[: MAX_PANELS - 1]
     shown = {group: groups[group] for group in groups if group in kept}
-    rest = [name for group in groups if group not in kept for name in groups[group]]
-    return {**shown, OTHERS: rest} if rest else shown
+    rest = {group: groups[group] for group in groups if group not in kept}
+    if len(rest) < 2:
+        return shown | rest
+    return {**shown, OTHERS: [name for found in rest.values() for name in found]}
 
 
 def spectra_figure(spectra: Mapping[str, Spectrum], title: str) -> Any:
@@ -73,6 +79,8 @@ def spectra_figure(spectra: Mapping[str, Spectrum], title: str) -> Any:
     from matplotlib.figure import Figure  # not pyplot: no global state and no window
 
     groups = kinds([name for name, found in spectra.items() if found.sigma.any()])
+    smallest = [float(found.sigma.min() / found.sigma.max()) for found in spectra.values() if found.sigma.any()]
+    lowest = max(1e-4, min(smallest, default=0.1) / 2)
     columns = min(4, max(1, len(groups)))
     rows = max(1, -(-len(groups) // columns))
     figure = Figure(figsize=(1.2 + 2.6 * columns, 1.1 + 2.3 * rows), dpi=110, layout="constrained")
@@ -83,14 +91,14 @@ def spectra_figure(spectra: Mapping[str, Spectrum], title: str) -> Any:
         for number, name in enumerate(names):
             color = colors(0.9 * number / max(1, len(names) - 1))
             _line(ax, spectra[name].sigma, color=color, linewidth=1.1, label=name)
-        if group != OTHERS:  # which have no shape in common
-            _line(ax, spectra[names[0]].null, color="0.35", linestyle="--", linewidth=1.0)
+        for null in {spectra[name].shape: spectra[name].null for name in names if group != OTHERS}.values():
+            _line(ax, null, color="0.35", linestyle="--", linewidth=1.0)
         ax.set_title(f"{group} ({len(names)})", fontsize=9)
         if group == OTHERS and len(names) <= 6:
             ax.legend(fontsize=6, frameon=False, loc="lower left")
     for ax in axes:
         ax.set_yscale("log")
-        ax.set_ylim(1e-4, 1.5)
+        ax.set_ylim(lowest, 1.5)
         ax.tick_params(labelsize=7)
         ax.grid(alpha=0.25)
     for above, ax in zip(axes[len(groups) - columns :], axes[len(groups) :], strict=False):

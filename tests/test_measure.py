@@ -180,6 +180,7 @@ def test_picture_has_at_most_eight_panels_whatever_the_model():
         assert sorted(chain(*found.values())) == sorted(names)
     assert list(kinds(["a", "b"])) == ["a", "b"]
     assert len(kinds([f"layer_{letter}" for letter in "abcdefghijk"])["others"]) == 4
+    assert kinds(["a.0", "a.1", "b"]) == {"a": ["a.0", "a.1"], "b": ["b"]}
     ones = MatrixSpectrum((1, 3), torch.tensor([2.0]), torch.tensor([1.0]), {})
     zeros = MatrixSpectrum((3, 3), torch.zeros(3), torch.ones(3), {})
     assert len(spectra_figure({"a": ones, "b": zeros}, "").axes[0].lines) == 2
