@@ -167,10 +167,10 @@ def _resolved(eigenvalues: Tensor) -> bool:
     # The entropy moves by |log p| for each unit of p, and by 1 for normalizing.
     entropy_error = (error * (1 - torch.maximum(p, error).log())).sum()
     entropy = torch.special.entr(p).sum()
-    # Far stricter than a measure needs: two processes, whose sums differ in the last digit, are to agree to 1e-9. A
-    # matrix that is not close to singular passes all the same.
     # Power laws are fitted to logarithms of eigenvalues, all alike: what counts is the mean of their relative errors.
     power_law_error = (rounding / relative[relative > 1e-12]).mean()
+    # Far stricter than a measure needs: two processes, whose sums differ in the last digit, are to agree to 1e-9. A
+    # matrix that is not close to singular passes all the same.
     return bool(entropy_error <= 1e-10 * entropy) and bool(power_law_error <= 1e-7) and bool(eigenvalues[-1] >= 0)
 
 
