@@ -284,3 +284,7 @@ def test_bad_values_raise_one_sentence(options, sentence):
 def test_images_that_the_model_was_not_built_for_are_refused_before_they_broadcast():
     with pytest.raises(ValueError, match=r"Expected images of 1 x 8 x 8 \(channels x height x width\), got 3 x 8 x 8"):
         make(transformer())(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    # A mean of three channels would make three of one.
+    task = make(Classifier("resnet10t", 10), mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.2])
+    with pytest.raises(ValueError, match=r"Expected images of 3 x any x any .*, got 1 x 8 x 8"):
+        task(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
