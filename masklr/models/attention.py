@@ -88,10 +88,9 @@ def attention(
     batch, tokens, width = qkv.shape
     head_dim = width // (3 * num_heads)
     by_products = qkv.device.type == "cpu" and tokens <= MAX_TOKENS_BY_PRODUCTS.get(qkv.dtype, 0)
-    # Whoever asks for the math kernel wants second derivatives.
-    by_products = by_products and torch.backends.cuda.flash_sdp_enabled()
-    # Compiled graphs keep PyTorch's own operator: inductor fuses around it.
-    if by_products and not torch.compiler.is_compiling():
+    # Compiled graphs keep PyTorch's own operator: inductor fuses around it. Whoever asks for the math kernel wants
+    # second derivatives.
+    if by_products and not torch.compiler.is_compiling() and torch.backends.cuda.flash_sdp_enabled():
         out = _AttentionByProducts.apply(qkv, num_heads, head_dim**-0.5)
         return out if last is None else out[:, -last:]
     # Split along the last axis: the backward pass then writes the three gradients side by side in one copy, where the
