@@ -6,13 +6,15 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch import distributed as dist
 from torchmetrics import MeanMetric
 
 from masklr.layers import LayerFactory, insert
-from masklr.masks import fixed_patch_split, patch_split
+from masklr.masks import fixed_patch_split
 from masklr.optim import Optim
 from masklr.tasks.normalization import Normalization
 from masklr.tasks.split_metrics import begin_split, log_split
+from masklr.tasks.uniformity import uniformity
 
 
 class Pretraining(pl.LightningModule):
@@ -22,8 +24,11 @@ class Pretraining(pl.LightningModule):
     images. Images are uint8, or floats in [0, 1]; augmentation and normalization happen here, in batches, on the
     training device. `forward` is the evaluation path: encoder tokens (B, P + N, D) of whole, unmasked images.
 
-    Logged: `train/loss`; `val/loss`, and beside it `val/loss_of_patch_means`, the loss of predicting each patch's own
-        mean.
+    Validation predicts all masked patches, whatever the model's `prediction_ratio`; where its `mask_ratio` is an
+    interval, it masks by the middle.
+
+    Logged: `train/loss`, what is minimized, and `train/uniformity` where it has a weight; `val/loss`, of pixels alone,
+        and beside it `val/loss_of_patch_means`, the loss of predicting each patch's own mean.
 
     Args:
         model: A `masklr.models.MaskedAutoencoder`.
@@ -34,13 +39,15 @@ class Pretraining(pl.LightningModule):
             `RandomHorizontalFlip`, `RandomCrop`, `RandomResizedCrop`, or torchvision v2 transforms (one draw a batch).
         mean: Mean of each channel, of images in [0, 1]; one value serves all channels.
         std: Standard deviation of each channel.
+        uniformity_weight: Weight, 0 or more, of a loss term against dimensional collapse of the features (the mean over
+            visible patch tokens), as in U-MAE, whose authors take 0.01: see `masklr.tasks.uniformity`.
         mask_seed: Seed of the fixed validation masks, which depend on it and on the sample's position in its split
             alone.
         compile: Whether to compile the model with `torch.compile`.
 
     Raises:
-        ValueError: A standard deviation that is not positive; channel counts that differ; a pattern of `masks` that
-            matches nothing, or a layer that can't be masked.
+        ValueError: A standard deviation that is not positive; channel counts that differ; a negative weight; a pattern
+            of `masks` that matches nothing, or a layer that can't be masked.
     """
 
     def __init__(
@@ -53,15 +60,18 @@ class Pretraining(pl.LightningModule):
         std: list[float] | None = None,
         mask_seed: int = 0,
         compile: bool = False,
+        uniformity_weight: float = 0.0,
     ) -> None:
         super().__init__()
+        if not uniformity_weight >= 0:
+            raise ValueError(f"Expected `uniformity_weight` of 0 or more, got {uniformity_weight}.")
         self.normalization = Normalization(mean, std, model.in_chans)  # type: ignore[arg-type]
         insert(model, masks or {})
         self.model: Any = model
         self.optim = optim
         self.augmentation = nn.Sequential(*(augmentation or []))
-        self.mask_seed = mask_seed
-        self.val_mask_ratio: Any = model.mask_ratio  # stays when a schedule moves that of training
+        self.mask_seed, self.uniformity_weight = mask_seed, uniformity_weight
+        self.val_mask_ratio: Any = model.middle_mask_ratio  # stays when a schedule moves that of training
         self.losses: Any = nn.ModuleDict({name: MeanMetric() for name in ("loss", "loss_of_patch_means")})
         self._seen = 0
         if compile:
@@ -81,12 +91,26 @@ class Pretraining(pl.LightningModule):
         """The loss over masked patches, with new masks each step."""
         images = self.prepared(self.augmentation(batch[0]))
         # Drawn here, not inside the model: a generator would break a compiled graph.
-        split = patch_split(
-            len(images), self.model.grid, self.model.mask_ratio, strategy=self.model.strategy, device=images.device
-        )
-        loss = self.model(images, split).loss
+        output = self.model(images, self.model.draw_split(len(images), device=images.device))
+        loss = output.loss
+        if self.uniformity_weight:
+            spread = uniformity(self._features_of_all(output.latent))
+            self.log("train/uniformity", spread)
+            loss = loss + self.uniformity_weight * spread
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def _features_of_all(self, latent: Tensor) -> Tensor:
+        """Features (B, D) of the images of all processes, with gradients: the term is about pairs of images."""
+        features = self.features(latent)
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return features
+        gathered: Any = self.all_gather(features, sync_grads=True)
+        return gathered.flatten(0, 1)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """Features (B, D) of encoder tokens (B, P + N, D): the mean over patch tokens, in float32."""
+        return tokens[:, self.model.encoder.num_prefix_tokens :].float().mean(1)
 
     def on_validation_epoch_start(self) -> None:
         """Count positions from the start of the split."""
@@ -115,9 +139,10 @@ class Pretraining(pl.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Features (B, D), the mean over patch tokens, with the labels and positions that the batch has."""
-        tokens = self(batch[0])
-        features = tokens[:, self.model.encoder.num_prefix_tokens :].float().mean(1)
-        return {"features": features, **dict(zip(("labels", "positions"), batch[1:], strict=False))}
+        return {
+            "features": self.features(self(batch[0])),
+            **dict(zip(("labels", "positions"), batch[1:], strict=False)),
+        }
 
     def reconstruct(self, images: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Images with masked patches hidden, and with masked patches predicted, both (B, C, H, W) in [0, 1].
