@@ -105,6 +105,13 @@ def test_weight_keep_of_neighbouring_seeds_are_independent(integers):
     assert abs((first * second).mean()) < 5 / math.sqrt(first.numel())
 
 
+def test_weight_keep_at_the_ends_of_its_grid(integers):
+    assert weight_keep((2**20,), 0.0, seed=0).all()
+    count = weight_keep((2**20,), 1 - 2**-17, seed=0).sum().item()
+    assert 0 < count < 40  # 16 on average: one value in 2^16 is left
+    assert kept_share(1 - 2**-17) == 2**-16
+
+
 def test_weight_keep_leaves_the_global_generators_alone(integers):
     state = torch.get_rng_state()
     assert weight_keep((3, 5), 0.0, seed=2**63 - 1).all()

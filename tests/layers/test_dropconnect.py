@@ -155,25 +155,44 @@ def test_gradients_are_those_of_finite_differences(per, options, path, monkeypat
     assert torch.autograd.gradcheck(output, (inputs(layer, batch=2), *layer.parameters()), fast_mode=True)
 
 
-@pytest.mark.parametrize("chunk", [1, 80, 10**6])
+@pytest.mark.parametrize("chunk", [1, 70, 10**6])  # weights of one sample at a time, of two, of all
 @BOTH
-def test_gradients_are_those_of_explicit_masks_in_chunks_of_any_size(make, chunk, monkeypatch):
+def test_samples_do_not_see_one_another_in_chunks_of_any_size(make, chunk, monkeypatch):
     monkeypatch.setattr("masklr.layers.sample_masks.CHUNK_WEIGHTS", chunk)
     layer = make("sample")
-    x = inputs(layer, batch=7)
+    x = inputs(layer, batch=5).detach()
     y = seeded(layer, x)
-    y.square().sum().backward()
-    seen = []
-    for sample in range(7):  # the mask of a sample is what its output says when the layer sees units of it alone
-        units = torch.zeros(7, *x.shape[1:], dtype=x.dtype)
-        units[sample] = x[sample].detach()
-        seen.append(seeded(layer, units)[sample])
-    assert torch.allclose(torch.stack(seen), y)
-    gradient = layer.weight.grad.clone()
-    layer.weight.grad = None
-    for sample in range(7):
-        seeded(layer, x.detach())[sample].square().sum().backward()
-    assert torch.allclose(layer.weight.grad, gradient)
+    for sample in range(5):
+        alone = torch.zeros_like(x)
+        alone[sample] = x[sample]
+        assert torch.allclose(seeded(layer, alone)[sample], y[sample])
+
+
+@pytest.mark.parametrize("chunk", [1, 70, 10**6])
+@BOTH
+def test_gradients_in_chunks_of_any_size_are_those_of_finite_differences(make, chunk, monkeypatch):
+    monkeypatch.setattr("masklr.layers.sample_masks.CHUNK_WEIGHTS", chunk)
+    layer = make("sample")
+
+    def output(x, weight, bias):
+        torch.manual_seed(3)
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
+
+    assert torch.autograd.gradcheck(output, (inputs(layer, batch=5), *layer.parameters()), fast_mode=True)
+
+
+@pytest.mark.parametrize("chunk", [1, 10**6])
+@BOTH
+def test_gradients_of_bfloat16_weights_are_summed_in_float32(make, chunk, monkeypatch):
+    monkeypatch.setattr("masklr.layers.sample_masks.CHUNK_WEIGHTS", chunk)
+    samples = 1000  # in bfloat16, a sum of ones ends at 256
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float64):
+        layer = make("sample", p=0.25, dtype=dtype, **({} if make is linear else {"padding": 0}))
+        x = torch.ones(samples, *inputs(layer).shape[1:], dtype=dtype)
+        seeded(layer, x).sum().backward()
+        gradients.append(layer.weight.grad.double())
+    assert torch.allclose(*gradients, rtol=0.01)
 
 
 @BOTH
