@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import scipy.linalg
-import timm
 import torch
 import torch.multiprocessing as mp
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
@@ -189,6 +188,8 @@ def test_features_are_computed_in_the_precision_of_the_trainer(make_classifier, 
 
 
 def test_timm_resnet_is_measured_and_a_checkpoint_can_watch(make_classifier, make_trainer, plain_loaders, tmp_path):
+    import timm  # here, so that further processes need not
+
     module = make_classifier(lambda: timm.create_model("resnet10t", in_chans=1, num_classes=10), lr=1e-3)
     watch = ModelCheckpoint(tmp_path / "best", monitor="representation/mean/effective_rank", mode="max")
     callback = RepresentationSpectrum(["layer[12]", "global_pool"], module="network")
@@ -331,6 +332,17 @@ def test_fewer_samples_than_dimensions_show_in_the_companion(make_trainer, tmp_p
     assert spectra(tmp_path)[0]["output"].shape == (9,)
 
 
+def test_only_singular_values_above_a_millionth_of_the_first_count_in_the_tail(make_trainer, tmp_path, read_metrics):
+    images = torch.randn(500, 9, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -8, 9)
+    callback = RepresentationSpectrum(measures=["alpha_req"])
+    validated(make_trainer, tmp_path, identity(), torch.utils.data.DataLoader(images, 100), callback)
+    logged = read_metrics(tmp_path)
+    assert logged["representation/output/alpha_req_values"][0] == 6
+    sigma = centered_spectrum(images)[:6]
+    slope = np.polyfit(np.log(np.arange(1, 7)), 2 * np.log(sigma), 1)[0]
+    assert logged["representation/output/alpha_req"][0] == pytest.approx(-slope, rel=1e-4)
+
+
 class Identity(pl.LightningModule):
     """Features are the images."""
 
@@ -464,9 +476,9 @@ def test_module_draws_views_with_its_own_augmentation(
     make_classifier, make_trainer, plain_loaders, tmp_path, read_metrics
 ):
     logged = []
-    for given in (None, [RandomHorizontalFlip()]):
+    for given in (None, [RandomHorizontalFlip(), Jitter()]):
         module = make_classifier()
-        module.augmentation = RandomHorizontalFlip() if given is None else None
+        module.augmentation = nn.Sequential(RandomHorizontalFlip(), Jitter()) if given is None else None
         callback = RepresentationSpectrum(["network.4"], lidar_views=4, augmentation=given)
         folder = tmp_path / str(given is None)
         validated(make_trainer, folder, module, plain_loaders()[1], callback)
