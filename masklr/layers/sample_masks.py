@@ -3,7 +3,8 @@
 Masks are functions of a seed that an ordinary PyTorch operator draws, and the backward pass makes a mask again instead
 of holding it. So whoever replays PyTorch's random numbers (gradient checkpointing, a compiled graph) gets the same
 masks. Seeds live on the CPU, where PyTorch replays them whatever the device is, so that no device is waited for; masks
-are drawn where the weights are.
+are drawn where the weights are. Off the CPU the only difference is the generator of `weight_keep`, which is
+tested on the CPU; nothing here was run on CUDA.
 
 Operators take (x, weight, bias, seed, p, *settings); what computes their gradients takes (gradient of the output, x,
 weight, seed, p, *settings, whether x's is wanted, whether the weight's is).
