@@ -6,7 +6,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch import distributed as dist
 from torchmetrics import MeanMetric
 
 from masklr.layers import LayerFactory, insert
@@ -14,7 +13,7 @@ from masklr.masks import fixed_patch_split
 from masklr.optim import Optim
 from masklr.tasks.normalization import Normalization
 from masklr.tasks.split_metrics import begin_split, log_split
-from masklr.tasks.uniformity import uniformity
+from masklr.uniformity import of_all_processes, uniformity
 
 
 class Pretraining(pl.LightningModule):
@@ -40,7 +39,7 @@ class Pretraining(pl.LightningModule):
         mean: Mean of each channel, of images in [0, 1]; one value serves all channels.
         std: Standard deviation of each channel.
         uniformity_weight: Weight, 0 or more, of a loss term against dimensional collapse of the features (the mean over
-            visible patch tokens), as in U-MAE, whose authors take 0.01: see `masklr.tasks.uniformity`.
+            visible patch tokens), as in U-MAE, whose authors take 0.01: see `masklr.uniformity`.
         mask_seed: Seed of the fixed validation masks, which depend on it and on the sample's position in its split
             alone.
         compile: Whether to compile the model with `torch.compile`.
@@ -94,19 +93,11 @@ class Pretraining(pl.LightningModule):
         output = self.model(images, self.model.draw_split(len(images), device=images.device))
         loss = output.loss
         if self.uniformity_weight:
-            spread = uniformity(self._features_of_all(output.latent))
+            spread = uniformity(of_all_processes(self.features(output.latent)))
             self.log("train/uniformity", spread)
             loss = loss + self.uniformity_weight * spread
         self.log("train/loss", loss, prog_bar=True)
         return loss
-
-    def _features_of_all(self, latent: Tensor) -> Tensor:
-        """Features (B, D) of the images of all processes, with gradients: the term is about pairs of images."""
-        features = self.features(latent)
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return features
-        gathered: Any = self.all_gather(features, sync_grads=True)
-        return gathered.flatten(0, 1)
 
     def features(self, tokens: Tensor) -> Tensor:
         """Features (B, D) of encoder tokens (B, P + N, D): the mean over patch tokens, in float32."""

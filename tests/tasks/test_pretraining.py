@@ -377,3 +377,53 @@ def test_evaluation_before_training_leaves_nothing_behind(make_trainer, make_tas
     trainer.fit(task, data)
     again = val_loss(make_trainer, tmp_path, task, data)
     assert trainer.callback_metrics["val/loss"].item() == pytest.approx(again["val/loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("decoder", ["full", "cross"])
+def test_random_ratios_and_partial_predictions_train_and_validation_is_fixed(
+    make_trainer, make_task, make_digits, tmp_path, read_metrics, decoder
+):
+    model = {"decoder": decoder, "mask_ratio": (0.4, 0.9), "prediction_ratio": 0.5}
+    shapes = {True: [], False: []}
+
+    class Shapes(pl.Callback):
+        def setup(self, trainer, task, stage):
+            task.model.register_forward_pre_hook(self.note)
+
+        def note(self, model, args):
+            shapes[model.training].append(tuple(part.shape[1] for part in args[1]))
+
+    task = make_task(model=model, optim=Optim(base_lr=0.02))
+    trainer = make_trainer(tmp_path, max_steps=12, val_check_interval=6, callbacks=[StepSeed(0), Shapes()])
+    trainer.fit(task, make_digits())
+    # Validation: the middle of the interval, 0.65 of 16 patches, and all of the masked ones predicted.
+    assert set(shapes[False]) == {(6, 10)}
+    assert all(predicted == round((16 - visible) * 0.5) for visible, predicted in shapes[True])
+    assert all(2 <= visible <= 10 for visible, _ in shapes[True])
+    assert len(set(shapes[True])) > 3
+    found = read_metrics(tmp_path)["val/loss"]
+    assert found[12] < found[6]
+
+
+def test_validation_loss_does_not_depend_on_the_prediction_ratio_of_training(
+    make_trainer, make_task, make_digits, tmp_path
+):
+    losses = [
+        val_loss(make_trainer, tmp_path, make_task(model={"decoder": "cross", "prediction_ratio": r}), make_digits())
+        for r in (1.0, 0.25)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_schedule_moves_the_mask_ratio_of_training_alone_with_partial_predictions(
+    make_trainer, make_task, make_digits, tmp_path
+):
+    from masklr.callbacks import MaskSchedule
+
+    task = make_task(model={"decoder": "cross", "prediction_ratio": 0.5, "mask_ratio": 0.75})
+    splits = Splits()
+    schedule = MaskSchedule(start=0.5, end=0.875, begin=0.5, until=0.5, what="mask_ratio", module="model")
+    trainer = make_trainer(tmp_path, max_steps=4, val_check_interval=2, callbacks=[StepSeed(0), schedule, splits])
+    trainer.fit(task, make_digits())
+    assert [visible.shape[1] for visible in splits.training] == [8, 8, 2, 2]
+    assert {len(visible) for _, rows in splits.validation for visible in rows.tolist()} == {4}
