@@ -40,11 +40,13 @@ class RepresentationSpectrum(pl.Callback):
       1e-6 of the first, the only ones that these use. A spectrum without a power law (one direction) has no exponent;
     * `.../samples_repeated`, if samplers other than masklr's repeated some to give each process equally many, and
       `.../samples_skipped`, if some were not finite;
-    * `.../lidar` on request, and `.../lidar_images`, which LiDAR exceeds by no more than minus one.
+    * `.../lidar` on request, and `.../lidar_images`: LiDAR is at most their number less one, and needs more views in all
+      than that number and the dimensions together.
 
-    Writes `spectra/representation_spectrum/step=00000100.npz`. Second moments are summed in float64 over all processes:
-    memory does not grow with the number of images. With `num_sanity_val_steps: -1` the initialization is measured too,
-    as step 0.
+    Of averaged weights all keys end in `_ema`. Writes `spectra/representation_spectrum/step=00000100.npz`
+    (`representation_spectrum_ema`; a second callback in one trainer, for other layers, writes `..._2` and logs means
+    under `representation/mean_2/`). Second moments are summed in float64 over all processes: memory does not grow with
+    the number of images. With `num_sanity_val_steps: -1` the initialization is measured too, as step 0.
 
     Args:
         layers: Patterns of layers below `module`, such as `blocks.*` (`*` does not cross a dot, `**` does); none
@@ -110,7 +112,22 @@ class RepresentationSpectrum(pl.Callback):
             raise ValueError(
                 "Expected a callback `EMAWeightAveraging` in the trainer for `weights` 'ema', which keeps the average."
             )
-        self._recording = Recording(trainer, "representation_spectrum")
+        self._number = self._number_in(trainer, pl_module)
+        name = "representation_spectrum_ema" if self.weights == "ema" else "representation_spectrum"
+        self._recording = Recording(trainer, name + self._number)
+
+    def _number_in(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+        """Ending of names that tells several such callbacks in one trainer apart; of the first, none."""
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        alike = [c for c in callbacks if isinstance(c, RepresentationSpectrum) and c.weights == self.weights]
+        before = alike[: next(i for i, callback in enumerate(alike) if callback is self)]
+        mine = set(self._layers(pl_module)) or {OUTPUT}
+        for other in before:
+            if same := mine & (set(other._layers(pl_module)) or {OUTPUT}):
+                raise ValueError(
+                    f"Expected `layers` that no other RepresentationSpectrum measures, got {min(same)!r} in two."
+                )
+        return f"_{len(before) + 1}" if before else ""
 
     def _layers(self, pl_module: pl.LightningModule) -> dict[str, nn.Module]:
         return named_layers(pl_module, self.module, self.layers)
@@ -180,11 +197,15 @@ class RepresentationSpectrum(pl.Callback):
             spectra = {name: result.sigma for name, result in results.items() if result.sigma is not None}
             self._recording.spectra(step, spectra)
         keys: dict[str, float] = {}
+        ending = "_ema" if self.weights == "ema" else ""
         for name, result in results.items():
             counts = {**result.counts, "samples_skipped": skipped[name]}
             counts["samples_repeated"] = round(repeated * (counts["samples"] + skipped[name]))
-            keys |= {f"representation/{name}/{key}": n for key, n in counts.items() if n or key == "samples"}
-        values = with_means("representation", {name: result.values for name, result in results.items()})
+            keys |= {f"representation/{name}/{key}{ending}": n for key, n in counts.items() if n or key == "samples"}
+        found = {n: {f"{key}{ending}": value for key, value in r.values.items()} for n, r in results.items()}
+        values = with_means("representation", found)
+        mean = "representation/mean/"
+        values = {key.replace(mean, f"representation/mean{self._number}/"): value for key, value in values.items()}
         self._recording.scalars(step, {**values, **keys})
         self._found = {}
 

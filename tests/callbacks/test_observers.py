@@ -33,7 +33,7 @@ OBSERVERS = {
     "UpdateSpectrum": lambda: UpdateSpectrum(every_n_steps=3),
     "RepresentationSpectrum": lambda: RepresentationSpectrum(["network.4", "network.8"], pool="tokens"),
     "RepresentationSpectrum with LiDAR": lambda: RepresentationSpectrum(
-        ["network.4"], lidar_views=2, lidar_images=9, augmentation=[Noise()], on_nonfinite="skip"
+        ["network.7"], lidar_views=2, lidar_images=9, augmentation=[Noise()], on_nonfinite="skip"
     ),
     "Probe": lambda: Probe(["network.4"]),
     "Probe of a part of the split": lambda: Probe(max_train_samples=100),

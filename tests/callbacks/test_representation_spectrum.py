@@ -31,8 +31,8 @@ class States(pl.Callback):
         self.states[trainer.global_step] = {key: value.clone() for key, value in module.state_dict().items()}
 
 
-def spectra(folder):
-    files = sorted((folder / "spectra" / "representation_spectrum").iterdir())
+def spectra(folder, name="representation_spectrum"):
+    files = sorted((folder / "spectra" / name).iterdir())
     return {int(file.stem.removeprefix("step=")): dict(np.load(file)) for file in files}
 
 
@@ -545,7 +545,11 @@ def test_current_and_averaged_weights_are_measured_and_left_as_they_are(
         if weights:
             state = current if weights == "current" else average
             sigma = centered_spectrum(by_hand(make_classifier(), state, digits[2], 4).mean((2, 3)))
-            np.testing.assert_allclose(spectra(tmp_path)[step]["network.4"], sigma, rtol=1e-4, atol=1e-4 * sigma[0])
+            ending = "_ema" if weights == "ema" else ""
+            found = spectra(tmp_path, f"representation_spectrum{ending}")[step]["network.4"]
+            np.testing.assert_allclose(found, sigma, rtol=1e-4, atol=1e-4 * sigma[0])
+            logged = read_metrics(tmp_path)[f"representation/network.4/effective_rank{ending}"][step]
+            assert logged == pytest.approx(effective_rank(sigma), rel=1e-3)
     # Bit for bit the run that nobody watched, in both sets of weights and in the loss, which is of the average.
     loss = read_metrics(tmp_path)["val/loss"]
     found = {"states": averages.states, "averages": averages.averages}
@@ -559,6 +563,31 @@ def test_current_and_averaged_weights_are_measured_and_left_as_they_are(
 @pytest.fixture(scope="module")
 def averaged_run():
     return {}
+
+
+def test_several_in_one_trainer_write_apart_or_raise(
+    make_classifier, make_trainer, plain_loaders, tmp_path, read_metrics
+):
+    callbacks = [
+        RepresentationSpectrum(["network.4"]),
+        RepresentationSpectrum(["network.7"]),
+        RepresentationSpectrum(["network.4"], weights="ema"),
+        EMAWeightAveraging(decay=0.5),
+    ]
+    options = {"max_steps": 3, "val_check_interval": 3}
+    make_trainer(tmp_path, callbacks=callbacks, **options).fit(make_classifier(), *plain_loaders())
+    first, second = spectra(tmp_path)[3], spectra(tmp_path, "representation_spectrum_2")[3]
+    averaged = spectra(tmp_path, "representation_spectrum_ema")[3]
+    assert (list(first), list(second), list(averaged)) == (["network.4"], ["network.7"], ["network.4"])
+    assert not np.allclose(first["network.4"], averaged["network.4"], rtol=1e-3)
+    metrics = read_metrics(tmp_path)
+    for key in ("network.4/effective_rank", "mean/effective_rank_ema", "network.4/samples_ema", "mean_2/stable_rank"):
+        assert f"representation/{key}" in metrics
+    again = make_trainer(
+        tmp_path / "again", callbacks=[callbacks[0], RepresentationSpectrum(["network.[45]"], pool="first")]
+    )
+    with pytest.raises(ValueError, match=r"no other RepresentationSpectrum measures, got 'network\.4' in two"):
+        again.validate(make_classifier(), plain_loaders()[1])
 
 
 # ------------------------------------------------------------------------------------------------ two processes
