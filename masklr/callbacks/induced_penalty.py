@@ -39,7 +39,8 @@ class InducedPenalty(pl.Callback):
         each_layer: Whether the last three are found for every layer too, not only for all masks together.
         loss: `cross_entropy`, or `squared`, the sum over outputs.
         label_smoothing: Of the cross-entropy, in [0, 1).
-        num_samples: How many samples of the validation split are used, its first on each process.
+        num_samples: How many samples of the validation split are used, over all processes: its first, where samples are
+            dealt to processes in turn, as Lightning's and masklr's samplers do.
         relative_error: Masks are drawn until half the width of the 95 % interval is this share of the mean, above 0.
         max_draws: Or until there were so many, at least 2.
         target_draws: Targets drawn for each sample for `gauss_newton`; 0 takes the expectation over them exactly, in
@@ -121,7 +122,8 @@ class InducedPenalty(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the first samples."""
-        missing = self.num_samples - sum(len(inputs) for inputs, _ in self._batches)
+        own = (self.num_samples + trainer.world_size - 1 - trainer.global_rank) // trainer.world_size
+        missing = own - sum(len(inputs) for inputs, _ in self._batches)
         if missing > 0 and dataloader_idx == 0 and first_validation_counts(trainer):
             inputs, targets = element(batch, self.inputs, "inputs"), element(batch, self.targets, "targets")
             self._batches.append((inputs[:missing], targets[:missing]))
@@ -129,15 +131,15 @@ class InducedPenalty(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Predict and measure."""
         if not self._batches:
-            return
+            return  # on every process alike: each has samples, or none has
         with self._recording.measurement():
             # Lightning validates in inference mode, whose tensors no gradient can pass.
             with torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
                 batches = [(inputs.clone(), targets.clone()) for inputs, targets in self._batches]
                 self._batches = []
                 pl_module.eval()
-                # The generators are put back afterwards; the draws are the same for the same step.
-                torch.manual_seed(trainer.global_step)
+                # The generators are put back afterwards. Processes draw for themselves, always the same at a step.
+                torch.manual_seed(trainer.global_step * trainer.world_size + trainer.global_rank)
                 values = self._values(pl_module, batches)
             values = _over_processes(trainer, values, sum(len(inputs) for inputs, _ in batches))
         self._recording.scalars(trainer.global_step, _keys(values))

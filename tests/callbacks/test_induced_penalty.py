@@ -1,8 +1,13 @@
 import copy
+import os
+import socket
+import warnings
 
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.multiprocessing as mp
+from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -128,3 +133,63 @@ def test_what_is_not_there_ends_the_run_before_it_begins(
     trainer = make_trainer(tmp_path, callbacks=[InducedPenalty(**options)], max_steps=2)
     with pytest.raises(ValueError, match=sentence):
         trainer.fit(make_classifier(network), *plain_loaders())
+
+
+class Digit(pl.LightningModule):
+    """A masked network on uint8 images, in the precision of the trainer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = masked_network()
+
+    def forward(self, images):
+        return self.network(images.to(self.dtype) / 255)
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+def validate(folder, **options):
+    from masklr.data import Digits
+
+    # 359 images and 120 of them: 180 and 179 a process, 60 and 60.
+    callbacks = [InducedPenalty(ALL, num_samples=count, target_draws=0, max_draws=40) for count in (1000, 120)]
+    for callback, name in zip(callbacks, ("all", "some"), strict=True):
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            precision="64-true",  # so that nothing hangs on how batches are cut
+            default_root_dir=folder / name,
+            logger=CSVLogger(folder / name, name="", version=""),
+            callbacks=[callback],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            **options,
+        )
+        trainer.validate(Digit(), datamodule=Digits(batch_size=32, val_fraction=0.25), verbose=False)
+
+
+def in_one_of_two(rank, port, folder):
+    torch.set_num_threads(1)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    os.environ |= {**address, "LOCAL_RANK": str(rank)}
+    warnings.filterwarnings("ignore")
+    validate(folder, strategy="ddp", devices=2)
+
+
+def test_two_processes_predict_what_one_does_and_measure_the_same_mean(tmp_path, read_metrics):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(in_one_of_two, args=(port, tmp_path / "two"), nprocs=2)
+    validate(tmp_path / "one")
+    for name in ("all", "some"):
+        one, two = (read_metrics(tmp_path / folder / name) for folder in ("one", "two"))
+        for site in ("3", "4", "all"):
+            key = f"penalty/network.{site}/gauss_newton" if site != "all" else "penalty/all/gauss_newton"
+            assert two[key][0] == pytest.approx(one[key][0], rel=1e-9)
+        a, b = one["penalty/all/measured"][0], two["penalty/all/measured"][0]
+        error = sum(found["penalty/all/measured_halfwidth"][0] ** 2 for found in (one, two)) ** 0.5
+        assert abs(a - b) < 2 * error
+        assert a != b
