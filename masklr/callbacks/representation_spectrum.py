@@ -40,8 +40,8 @@ class RepresentationSpectrum(pl.Callback):
       1e-6 of the first, the only ones that these use. A spectrum without a power law (one direction) has no exponent;
     * `.../samples_repeated`, if samplers other than masklr's repeated some to give each process equally many, and
       `.../samples_skipped`, if some were not finite;
-    * `.../lidar` on request, and `.../lidar_images`: LiDAR is at most their number less one, and needs more views in all
-      than that number and the dimensions together.
+    * `.../lidar` on request, and `.../lidar_images`: LiDAR is at most their number less one, and needs more views in
+      all than that number and the dimensions together.
 
     Of averaged weights all keys end in `_ema`. Writes `spectra/representation_spectrum/step=00000100.npz`
     (`representation_spectrum_ema`; a second callback in one trainer, for other layers, writes `..._2` and logs means
