@@ -609,12 +609,15 @@ def in_one_of_two(rank, port, folder):
 
 
 RUNS = {
-    # 359 validation images: 180 and 179, in batches of which the last is smaller.
+    # 187 validation images: 94 and 93, in batches of which the last is smaller.
     "masklr": {"layers": ["network.4", "network.7"], "lidar_views": 2, "lidar_images": 50},
     "skip": {"layers": ["network.4"], "on_nonfinite": "skip"},
     "raise": {"layers": ["network.4"]},
     "padded": {"layers": ["network.4"]},
 }
+
+
+COUNTED = {"masklr": [("4", "samples")], "skip": [("1.4", "samples"), ("1.4", "samples_skipped")]}
 
 
 class Spoil(nn.Module):
@@ -649,7 +652,7 @@ def validate(folder, name, **options):
         enable_checkpointing=False,
         **options,
     )
-    data = Digits(batch_size=32, val_fraction=0.25)
+    data = Digits(batch_size=32, val_fraction=0.13)
     loaders = {"datamodule": data}
     if name == "padded":
         data.setup("validate")
@@ -698,6 +701,8 @@ def test_two_processes_log_the_numbers_of_one(two_processes, read_metrics, name)
     assert not any("repeated" in key for key in keys)
     for key in keys:
         assert two[key][0] == pytest.approx(one[key][0], rel=1e-9), key
+    total = sum(one[f"representation/network.{layer}/{count}"][0] for layer, count in COUNTED[name])
+    assert total == 187
     sigma = [spectra(folder / name)[0] for folder in two_processes]
     for layer, values in sigma[0].items():
         np.testing.assert_allclose(sigma[1][layer], values, rtol=1e-9, atol=1e-9 * values[0])
