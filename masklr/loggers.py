@@ -1,9 +1,21 @@
-"""Run folders and the loggers that write into them."""
+"""Run folders, who may write into them, and the loggers that do."""
 
+import csv
+import io
+import json
+import logging
 import os
+import socket
 from pathlib import Path
+from typing import Any
 
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from pytorch_lightning.loggers.logger import rank_zero_experiment
+
+from masklr.callbacks.recording import written_whole
+
+log = logging.getLogger(__name__)
 
 
 def new_run_folder(runs: Path, name: str, command: str) -> Path:
@@ -15,8 +27,7 @@ def new_run_folder(runs: Path, name: str, command: str) -> Path:
     Raises:
         ValueError: The folder cannot be made.
     """
-    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if rank != "0":
+    if (rank := process_rank()) != "0":
         # Launchers that start all processes at once pass no folder on; only rank 0 writes, and Lightning broadcasts.
         return Path(os.environ.get("MASKLR_RUN_FOLDER", runs / name / f"rank_{rank}"))
     prefix = "version" if command == "fit" else command
@@ -37,17 +48,185 @@ def new_run_folder(runs: Path, name: str, command: str) -> Path:
     return folder
 
 
-def run_loggers(folder: Path, wandb: str) -> list[Logger]:
+def process_rank() -> str:
+    """This process's number among those of a run, as its launcher says."""
+    return os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or "0"
+
+
+class RunLock:
+    """A run's folder belongs to one process at a time: `run.lock` in it names the process, and goes with it.
+
+    What a killed process left is taken over: one of this host that no longer lives, or an earlier life of this SLURM
+    job. A process of another host cannot be seen, so its lock has to be removed by hand.
+
+    Args:
+        folder: The run's folder.
+
+    Raises:
+        ValueError: Another process has the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "run.lock"
+        self.owner = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started": _start_of(os.getpid()),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        }
+        mine = self.path.with_name(f".run.lock.{os.getpid()}")
+        mine.write_text(json.dumps(self.owner))
+        try:
+            for _ in range(10):
+                try:
+                    os.link(mine, self.path)  # fails if there is one, at any moment
+                    return
+                except FileExistsError:
+                    self._remove_if_left()
+            raise ValueError(f"Expected a run folder that no other process takes, got {folder}.")
+        finally:
+            mine.unlink(missing_ok=True)
+
+    def _remove_if_left(self) -> None:
+        try:
+            other = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            other = {}
+        if self._lives(other):
+            raise ValueError(
+                f"Expected a run folder that no other process uses, but {self.path.parent} is in use by process "
+                f"{other.get('pid')} on {other.get('host')}; if that is no more, remove {self.path}."
+            )
+        self.path.unlink(missing_ok=True)
+
+    def _lives(self, other: dict[str, Any]) -> bool:
+        if other.get("host") != self.owner["host"]:
+            same_job = other.get("slurm_job") is not None and other["slurm_job"] == self.owner["slurm_job"]
+            return bool(other) and not same_job
+        pid = other.get("pid")
+        if not isinstance(pid, int) or pid == os.getpid():
+            return False
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        # A number can be given again to another process, which then began at another time.
+        return _start_of(pid) == other.get("started")
+
+    def release(self) -> None:
+        """Give the folder back."""
+        self.path.unlink(missing_ok=True)
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process began, in the kernel's clock; None where the kernel does not say."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+class MetricsCSV(CSVLogger):
+    """Lightning's CSVLogger, whose `metrics.csv` outlives a resume and can be read at any moment.
+
+    Rows are added at the end in one write; when a new key comes, the file is written anew, whole or not at all.
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> "_Rows":
+        """The writer."""
+        if self._experiment is None:
+            self._experiment = _Rows(self.log_dir)
+        return self._experiment  # type: ignore[return-value]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows so far."""
+        return self.experiment.num_rows
+
+    def keep_rows(self, count: int) -> None:
+        """Drop all rows but the first ones."""
+        self.experiment.keep(count)
+
+
+class _Rows(ExperimentWriter):
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self._path = Path(self.metrics_file_path)
+        rows = self._read()
+        self.num_rows = len(rows)
+
+    def _check_log_dir_exists(self) -> None:
+        """Lightning would remove what is there."""
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        with self._path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+            self.metrics_keys = sorted(reader.fieldnames or [])
+        return [row for row in rows if None not in row]
+
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        super().log_metrics(metrics_dict, step)
+        self.num_rows += 1
+
+    def save(self) -> None:
+        """Write what was logged since the last time."""
+        if not self.metrics:
+            return
+        if not self._path.exists() or self._record_new_keys():
+            self._record_new_keys()
+            self._write([*self._read_keeping_keys(), *self.metrics])
+        else:
+            with self._path.open("ab", buffering=0) as file:
+                file.write(self._text(self.metrics).encode())
+        self.metrics = []
+
+    def keep(self, count: int) -> None:
+        """Drop all rows but the first ones, and with them the keys that no row has."""
+        self.save()
+        rows = self._read()[:count]
+        if len(rows) < count:
+            log.warning("%s has %d rows, %d fewer than when the checkpoint was written.", self._path, len(rows), count)
+        self.num_rows = len(rows)
+        if self._path.exists():
+            self.metrics_keys = sorted({key for row in rows for key, value in row.items() if value})
+            self._write(rows)
+
+    def _read_keeping_keys(self) -> list[dict[str, Any]]:
+        keys = self.metrics_keys
+        rows = self._read()
+        self.metrics_keys = keys
+        return rows
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        with written_whole(self._path) as path:
+            path.write_bytes((self._text([]) + self._text(rows)).encode() if rows else b"")
+
+    def _text(self, rows: list[dict[str, Any]]) -> str:
+        """Rows as CSV; the header for none."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=self.metrics_keys, extrasaction="ignore")
+        writer.writerows(rows) if rows else writer.writeheader()
+        return text.getvalue()
+
+
+def run_loggers(folder: Path, wandb: str, wandb_id: str | None = None) -> list[Logger]:
     """CSV and, unless it is off, wandb, both in a run's folder.
 
     Args:
         folder: The run's folder, runs/name/version.
         wandb: `offline`, `off`, or `project[/entity]` to log online.
+        wandb_id: The run of wandb's that goes on; None begins one.
     """
     name, version = folder.parent.name, folder.name
-    csv = CSVLogger(folder.parent.parent, name=name, version=version)
-    _ = csv.experiment  # made while the folder is empty: later Lightning would warn that it is not
-    loggers: list[Logger] = [csv]
+    metrics = MetricsCSV(folder.parent.parent, name=name, version=version)
+    loggers: list[Logger] = [metrics]
     if wandb == "off":
         return loggers
     from wandb import Settings
@@ -62,6 +241,7 @@ def run_loggers(folder: Path, wandb: str) -> list[Logger]:
         project=project,
         entity=entity or None,
         offline=offline,
+        id=wandb_id,
         # An offline run has nothing to say on the terminal; an online one shows its link.
         settings=Settings(silent=offline),
     )

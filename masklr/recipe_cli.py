@@ -1,5 +1,6 @@
 """`masklr fit|validate|test|predict`: LightningCLI with a folder for each run and errors in one sentence."""
 
+import argparse
 import logging
 import os
 import shutil
@@ -13,25 +14,33 @@ import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.plugins.io import CheckpointIO
 
 import masklr.callbacks
 import masklr.data
 import masklr.tasks  # noqa: F401 (imported so that recipes can use short class names)
-from masklr.callbacks import StepProgress, StepSeed, StepTiming
+from masklr.callbacks import RunCheckpoint, RunState, StepProgress, StepSeed, StepTiming
 from masklr.callbacks.predictions import PredictionWriter
 from masklr.callbacks.recording import written_whole
-from masklr.loggers import new_run_folder, run_loggers
+from masklr.checkpoints import WholeCheckpointIO
+from masklr.loggers import RunLock, new_run_folder, process_rank, run_loggers
 from masklr.recipe_parser import RecipeParser
+from masklr.resumed_run import ResumedRun, without_resume
 from masklr.summary import summary
 
 
 class SaveRecipe(SaveConfigCallback):
     """Write the recipe with all its values into the run's folder and into wandb's config."""
 
+    resumed: ResumedRun | None = None
+
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write `config.yaml`, whole or not at all; called on rank 0."""
         text = self.parser.dump(self.config, skip_none=False)
-        with written_whole(Path(trainer.default_root_dir) / "config.yaml") as path:
+        folder = Path(trainer.default_root_dir)
+        if self.resumed is not None:
+            text = self.resumed.keep_recipe(text)
+        with written_whole(folder / "config.yaml") as path:
             path.write_text(text)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -44,12 +53,17 @@ class RecipeCLI(LightningCLI):
     def __init__(self, arguments: list[str]) -> None:
         self._command = arguments[0]
         self.run_folder: Path
+        self.lock: RunLock | None = None
+        folder, arguments = without_resume(arguments)
+        self.resumed = None if folder is None else ResumedRun(Path(folder), arguments[1:])
+        if self.resumed is not None:
+            arguments = [self._command, *self.resumed.arguments]
         super().__init__(
             pl.LightningModule,
             pl.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_callback=SaveRecipe,
+            save_config_callback=type("SaveRecipe", (SaveRecipe,), {"resumed": self.resumed}),
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             parser_class=type("RecipeParser", (RecipeParser,), {"arguments": arguments}),
@@ -72,6 +86,14 @@ class RecipeCLI(LightningCLI):
             default="offline",
             help="`offline` (no account needed), `off`, or PROJECT[/ENTITY] to log online.",
         )
+        if self._command == "fit":
+            parser.add_argument(
+                "--resume",
+                type=str,
+                default=argparse.SUPPRESS,  # taken off the command line before it is parsed; here for --help
+                help="Folder of a run that was interrupted: go on in it, from its newest sound checkpoint and with its "
+                "recipe; options given beside it win over the recipe's.",
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with Lightning's remark about arguments from Python left out: ours come from the command line."""
@@ -81,6 +103,8 @@ class RecipeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check what can be checked before anything is built."""
+        if self.resumed is not None:
+            self.resumed.compare(self._parser(self._command).dump(self.config[self._command], skip_none=False))
         path = self.config[self._command].get("ckpt_path")
         if path and path not in ("last", "best", "hpc", "registry") and not Path(path).exists():
             raise FileNotFoundError(f"Expected `ckpt_path` to be a checkpoint, but there is no file {path}.")
@@ -88,10 +112,21 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with a folder of this run's own, made only now that task and data have accepted their values."""
         options, trainer = self.config_init[self._command], self.config_init[self._command].trainer
-        folder = new_run_folder(Path(options.runs), options.name, self._command)
+        if self.resumed is not None:
+            folder = self.resumed.folder
+            os.environ["MASKLR_RUN_FOLDER"] = str(folder)
+        else:
+            folder = new_run_folder(Path(options.runs), options.name, self._command)
+        if self._command == "fit" and process_rank() == "0":
+            self.lock = RunLock(folder)
         self.run_folder = folder
         if trainer.logger is None or trainer.logger is True:
-            kwargs["logger"] = run_loggers(folder, options.wandb)
+            kwargs["logger"] = run_loggers(
+                folder, options.wandb, None if self.resumed is None else self.resumed.wandb_id
+            )
+        plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
         kwargs["default_root_dir"] = str(folder)
         callbacks = list(trainer.callbacks or [])
         given = tuple(type(callback) for callback in callbacks)
@@ -101,16 +136,11 @@ class RecipeCLI(LightningCLI):
         if trainer.enable_progress_bar is not False and not any(issubclass(kind, ProgressBar) for kind in given):
             callbacks.append(StepProgress())
         if self._command != "fit":
-            kwargs["enable_checkpointing"] = any(issubclass(kind, ModelCheckpoint) for kind in given)
-        elif trainer.enable_checkpointing is not False and not any(issubclass(kind, ModelCheckpoint) for kind in given):
-            callbacks.append(
-                ModelCheckpoint(
-                    dirpath=folder / "checkpoints",
-                    filename="step={step:08d}",
-                    auto_insert_metric_name=False,
-                    save_last="link",
-                )
-            )
+            kwargs["enable_checkpointing"] = any(issubclass(kind, ModelCheckpoint | RunCheckpoint) for kind in given)
+        elif trainer.enable_checkpointing is not False:
+            callbacks.insert(0, RunState(changed=self.resumed is not None and bool(self.resumed.changes)))
+            if not any(issubclass(kind, RunCheckpoint) for kind in given):
+                callbacks.append(RunCheckpoint())
         if self._command == "predict":
             callbacks.append(PredictionWriter(folder / "predictions.safetensors"))
         try:
@@ -140,9 +170,13 @@ def run(arguments: list[str]) -> Path:
     except BaseException:
         _finish_wandb(exit_code=2)
         folder, trainer = getattr(cli, "run_folder", None), getattr(cli, "trainer", None)
-        if folder is not None and folder.is_dir() and (trainer is None or trainer.global_step == 0):
+        fresh = getattr(cli, "resumed", None) is None and (trainer is None or trainer.global_step == 0)
+        if fresh and folder is not None and folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        if (lock := getattr(cli, "lock", None)) is not None:
+            lock.release()
     _finish_wandb(exit_code=0)
     return cli.run_folder
 

@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from pytorch_lightning.loggers import WandbLogger
 
-from masklr.loggers import new_run_folder, run_loggers
+from masklr.loggers import MetricsCSV, new_run_folder, run_loggers
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_wandb_is_offline_unless_a_project_is_named(
 ) -> None:
     folder = new_run_folder(tmp_path, "name", "fit")
     csv, wandb = run_loggers(folder, option)
-    assert isinstance(csv, CSVLogger)
+    assert isinstance(csv, MetricsCSV)
     assert Path(csv.log_dir) == folder
     assert isinstance(wandb, WandbLogger)
     assert wandb._wandb_init["project"] == project
@@ -58,4 +58,4 @@ def test_wandb_is_offline_unless_a_project_is_named(
 
 
 def test_wandb_can_be_left_out(tmp_path: Path) -> None:
-    assert [type(logger) for logger in run_loggers(new_run_folder(tmp_path, "name", "fit"), "off")] == [CSVLogger]
+    assert [type(logger) for logger in run_loggers(new_run_folder(tmp_path, "name", "fit"), "off")] == [MetricsCSV]

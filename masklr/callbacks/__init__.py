@@ -6,6 +6,8 @@ from masklr.callbacks.mask_schedule import MaskSchedule
 from masklr.callbacks.probe import Probe
 from masklr.callbacks.reconstructions import Reconstructions
 from masklr.callbacks.representation_spectrum import RepresentationSpectrum
+from masklr.callbacks.run_checkpoint import RunCheckpoint
+from masklr.callbacks.run_state import RunState
 from masklr.callbacks.step_progress import StepProgress
 from masklr.callbacks.step_seed import StepSeed
 from masklr.callbacks.step_timing import StepTiming
@@ -19,6 +21,8 @@ __all__ = [
     "Probe",
     "Reconstructions",
     "RepresentationSpectrum",
+    "RunCheckpoint",
+    "RunState",
     "StepProgress",
     "StepSeed",
     "StepTiming",

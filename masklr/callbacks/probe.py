@@ -57,11 +57,20 @@ class Probe(pl.Callback):
             raise ValueError("Expected `pool` to be 'mean' or 'first', got 'tokens': an image has one label.")
         self.layers, self.module, self.pool = layers or [], module, pool
         self.max_train_samples, self.pixels, self.inputs, self.labels = max_train_samples, pixels, inputs, labels
+        self._pixels_due = pixels
 
     @property
     def state_key(self) -> str:
         """Differs between two such callbacks in one trainer."""
         return f"{type(self).__name__}({self.module!r}, {self.layers}, {self.pool!r})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether raw pixels are still to be probed."""
+        return {"pixels_due": self._pixels_due}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A resumed run probes raw pixels once, like any other."""
+        self._pixels_due = state_dict["pixels_due"]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the layers, so that a wrong pattern ends the run before it begins."""

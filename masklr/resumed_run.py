@@ -1,0 +1,139 @@
+"""What `masklr fit --resume RUN` takes from the folder of an interrupted run, and what may differ from it."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from masklr import __version__
+from masklr.callbacks.recording import written_whole
+from masklr.callbacks.run_state import STATE
+from masklr.checkpoints import newest_sound, read
+
+# Of the command line, not of the run.
+_NOT_COMPARED = ("ckpt_path", "resume", "weights_only")
+
+
+class ResumedRun:
+    """The recipe and the newest sound checkpoint of a run.
+
+    Args:
+        folder: The run's folder.
+        options: The rest of the command line, whose options win over the recipe in the folder.
+
+    Raises:
+        FileNotFoundError: There is no such folder, no recipe or no checkpoint in it.
+        ValueError: No checkpoint is sound, or a newer masklr wrote it.
+    """
+
+    def __init__(self, folder: Path, options: list[str]) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"Expected `resume` to be the folder of a run, but there is no folder {folder}.")
+        self.recipe = folder / "config.yaml"
+        if not self.recipe.is_file():
+            raise FileNotFoundError(f"Expected `resume` to be the folder of a run, but {folder} has no config.yaml.")
+        if any(re.match(r"--ckpt_path(=|$)", option) for option in options):
+            raise ValueError("Expected no `ckpt_path` beside `resume`, which takes the newest sound checkpoint.")
+        checkpoint = newest_sound(folder / "checkpoints")
+        if checkpoint is None:
+            raise FileNotFoundError(
+                f"Expected a run with a checkpoint to resume, but {folder / 'checkpoints'} has no sound one."
+            )
+        content = read(checkpoint)
+        state = content.get(STATE, {})
+        if _numbers(version := state.get("version", "0")) > _numbers(__version__):
+            raise ValueError(f"Expected a run of masklr {__version__} or older to resume, got one of {version}.")
+        self.folder, self.checkpoint, self.options = folder, checkpoint, options
+        self.step: int = content.get("global_step", 0)
+        self.wandb_id: str | None = state.get("wandb_id")
+        self.changes: dict[str, tuple[Any, Any]] = {}
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command line of `fit` that goes on with the run."""
+        return [f"--config={self.recipe}", *self.options, f"--ckpt_path={self.checkpoint}"]
+
+    def compare(self, recipe: str) -> None:
+        """Tell what the command line changes.
+
+        Args:
+            recipe: The recipe with all its values, as YAML.
+
+        Raises:
+            ValueError: A recipe on the command line differs from the run's.
+        """
+        found = changes(yaml.safe_load(self.recipe.read_text()), yaml.safe_load(recipe))
+        found = {key: values for key, values in found.items() if key not in _NOT_COMPARED}
+        flags = [_short(option.partition("=")[0][2:]) for option in self.options if option.startswith("--")]
+        others = {
+            key: values
+            for key, values in found.items()
+            if not any(f"{_short(key)}.".startswith(f"{flag}.") for flag in flags if flag not in ("config", "resume"))
+        }
+        if others:
+            told = "; ".join(f"{key} is {new!r}, not {old!r}" for key, (old, new) in others.items())
+            raise ValueError(f"Expected the recipe of {self.folder} to resume it, got another: {told}.")
+        self.changes = found
+        told = ", ".join(f"{key} {new!r} instead of {old!r}" for key, (old, new) in found.items())
+        print(
+            f"masklr: {self.folder} goes on at step {self.step}" + (f"; {told}" if told else ""),
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def keep_recipe(self, recipe: str) -> str:
+        """The recipe to be written into the folder; one that was changed is kept beside it."""
+        former = self.recipe.read_text()
+        if not self.changes:
+            return former
+        with written_whole(self.folder / f"config_until_step={self.step:08d}.yaml") as path:
+            path.write_text(former)
+        new = yaml.safe_load(recipe)
+        old = yaml.safe_load(former)
+        new |= {key: old.get(key) for key in _NOT_COMPARED if key in new}
+        return yaml.safe_dump(new, sort_keys=False)
+
+
+def without_resume(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The folder that `--resume` names on a command line, and the rest of the line.
+
+    Example:
+        >>> without_resume(["fit", "--resume", "runs/a/version_0", "--trainer.max_steps=9"])
+        ('runs/a/version_0', ['fit', '--trainer.max_steps=9'])
+    """
+    if arguments[0] != "fit":
+        return None, arguments
+    for place, argument in enumerate(arguments):
+        if argument.startswith("--resume="):
+            return argument.partition("=")[2], arguments[:place] + arguments[place + 1 :]
+        if argument == "--resume":
+            if place + 1 == len(arguments):
+                raise ValueError("Expected the folder of a run after `--resume`, got nothing.")
+            return arguments[place + 1], arguments[:place] + arguments[place + 2 :]
+    return None, arguments
+
+
+def changes(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys at which two nested recipes differ, with both values.
+
+    Example:
+        >>> changes({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
+        {'a.c': (2, 3)}
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(name for name in new if name not in old)]
+        found: dict[str, tuple[Any, Any]] = {}
+        for name in keys:
+            found |= changes(old.get(name), new.get(name), f"{key}.{name}".strip("."))
+        return found
+    return {} if old == new else {key: (old, new)}
+
+
+def _short(key: str) -> str:
+    return key.replace(".init_args", "")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
