@@ -45,28 +45,50 @@ def singular_values(matrix: Float[Tensor, "rows cols"]) -> Float64[Tensor, " r"]
     Reference:
         Golub and Van Loan, "Matrix Computations", 4th edition, section 8.6.
     """
+    return singular_values_and_gram(matrix)[0]
+
+
+def singular_values_and_gram(
+    matrix: Float[Tensor, "rows cols"],
+) -> tuple[Float64[Tensor, " r"], Float64[Tensor, "r r"]]:
+    """Singular values as `singular_values` gives them, and the Gram matrix of the smaller side that they came from.
+
+    Args:
+        matrix: Any real floating type; bfloat16 and float16 are cast first.
+
+    Returns:
+        min(rows, cols) values, descending; and M M^T or M^T M, whichever is smaller, up to a factor.
+
+    Raises:
+        ValueError: The matrix is empty, or an entry is not finite.
+
+    Example:
+        >>> singular_values_and_gram(torch.tensor([[0.0, 3.0], [4.0, 0.0]]))[1]
+        tensor([[16.,  0.],
+                [ 0.,  9.]], dtype=torch.float64)
+    """
     matrix = float64(matrix)
     if not matrix.numel():
         raise ValueError(f"Expected a matrix with entries, got the shape {tuple(matrix.shape)}.")
-    largest = matrix.abs().max().item()
+    smallest, largest = (extreme.item() for extreme in matrix.aminmax())
+    largest = max(-smallest, largest) if math.isfinite(smallest) else abs(smallest)
     if not math.isfinite(largest):
         raise ValueError(f"Expected finite entries of `matrix`, got the largest magnitude {largest}.")
-    if largest == 0:
-        return matrix.new_zeros(min(matrix.shape))
-    # Squares of values near the ends of float64 would overflow or vanish; a power of two rounds nothing.
-    scale = 1.0 if 1e-100 < largest < 1e100 else 2.0 ** math.floor(math.log2(largest))
-    if scale != 1:
-        matrix = matrix / scale
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    if tall.shape[1] == 1:
-        return torch.linalg.vector_norm(tall, dim=0) * scale
+    # Squares of values near the ends of float64 would overflow or vanish; a power of two rounds nothing.
+    scale = 1.0 if largest == 0 or 1e-100 < largest < 1e100 else 2.0 ** math.floor(math.log2(largest))
+    if scale != 1:
+        tall = tall / scale
+    squares = gram(tall)
+    if largest == 0 or len(squares) == 1:
+        return torch.linalg.vector_norm(tall, dim=0) * scale, squares
     try:
-        eigenvalues = torch.linalg.eigvalsh(gram(tall)).flip(0)
+        eigenvalues = torch.linalg.eigvalsh(squares).flip(0)
         if _resolved(eigenvalues):
-            return eigenvalues.sqrt() * scale
+            return eigenvalues.sqrt() * scale, squares
     except torch.linalg.LinAlgError:
         pass
-    return _svdvals(matrix) * scale
+    return _svdvals(tall) * scale, squares
 
 
 def gram(x: Float[Tensor, "n d"]) -> Float64[Tensor, "d d"]:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from masklr.decompositions import float64, gram, singular_values
+from masklr.decompositions import float64, singular_values_and_gram
 
 Side = Literal["left", "right"]
 
@@ -54,18 +54,18 @@ def leading_subspace(matrix: Float[Tensor, "rows cols"], rank: int, side: Side =
     """
     if rank < 1:
         raise ValueError(f"Expected `rank` of at least 1, got {rank}.")
-    sigma = singular_values(matrix)
+    sigma, squares = singular_values_and_gram(matrix)
     count = min(rank, int((sigma > 1e-6 * sigma[0]).sum()))
-    target = matrix if side == "right" else matrix.T  # whose right vectors are asked for
+    columns = matrix.T if side == "left" else matrix  # whose right vectors are asked for
     if count == 0:
-        return Leading(sigma, torch.zeros(target.shape[1], 0, dtype=torch.float64))
-    # Squares of values near the ends of float64 would overflow or vanish; the basis has no scale.
-    target = float64(target) / sigma[0]
-    if target.shape[1] <= target.shape[0]:
-        return Leading(sigma, _leading_eigenvectors(gram(target), count))
-    small = _leading_eigenvectors(gram(target.T), count)
-    # Columns are sigma_i v_i up to rounding; the triangular factor of QR takes the lengths out.
-    return Leading(sigma, torch.linalg.qr(target.T.cpu() @ small).Q)
+        return Leading(sigma, torch.zeros(columns.shape[1], 0, dtype=torch.float64))
+    vectors = _leading_eigenvectors(squares, count)
+    if (side == "right") == (matrix.shape[0] >= matrix.shape[1]):  # the side of which the Gram matrix is
+        return Leading(sigma, vectors)
+    # M times a vector of one side is sigma_i times that of the other; QR takes out the lengths, and what rounding left.
+    rows = float64(columns.T)
+    images = (rows @ vectors.to(rows.device)).cpu()
+    return Leading(sigma, torch.linalg.qr(images / sigma[0].item()).Q)
 
 
 def _leading_eigenvectors(symmetric: Tensor, count: int) -> Tensor:
