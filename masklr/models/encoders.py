@@ -1,11 +1,40 @@
 """Encoders of masked autoencoders: timm vision transformers, by name or as instances."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from masklr.models.timm_models import pair, timm_model
+
+
+def encoder_options(
+    image_size: int | Sequence[int] | None,
+    patch_size: int | Sequence[int] | None,
+    in_chans: int | None,
+    encoder_args: dict[str, Any],
+) -> dict[str, Any]:
+    """Options of `timm.create_model` for the encoder of a masked autoencoder: without a head, the norm kept.
+
+    Args:
+        image_size: Height and width in pixels, one number if equal. None: the architecture's own.
+        patch_size: Height and width of a patch in pixels, one number if equal. None: the architecture's own.
+        in_chans: Number of image channels. None: the architecture's own.
+        encoder_args: Overrides.
+
+    Raises:
+        ValueError: The patches do not divide the image.
+    """
+    image, patch = pair(image_size), pair(patch_size)
+    if image and patch:
+        _check_divides(image, patch)
+    sizes = {"img_size": image, "patch_size": patch, "in_chans": in_chans}
+    # Without a class token timm must not pool by it; its final norm has to stay before pooling, where the decoder
+    # reads.
+    pooling = {"global_pool": "token" if encoder_args.get("class_token", True) else "avg", "fc_norm": False}
+    given = {argument: value for argument, value in sizes.items() if value is not None}
+    return {"num_classes": 0, **given, **pooling, **encoder_args}
 
 
 def named_encoder(
@@ -18,15 +47,7 @@ def named_encoder(
     """A timm vision transformer by name, without a head, for these sizes."""
     from timm.layers import build_sincos2d_pos_embed
 
-    image, patch = pair(image_size), pair(patch_size)
-    if image and patch:
-        _check_divides(image, patch)
-    sizes = {"img_size": image, "patch_size": patch, "in_chans": in_chans}
-    # Without a class token timm must not pool by it; its final norm has to stay before pooling, where the decoder
-    # reads.
-    pooling = {"global_pool": "token" if encoder_args.get("class_token", True) else "avg", "fc_norm": False}
-    given = {argument: value for argument, value in sizes.items() if value is not None}
-    options: dict[str, Any] = {"num_classes": 0, **given, **pooling, **encoder_args}
+    options = encoder_options(image_size, patch_size, in_chans, encoder_args)
     encoder = timm_model("encoder", name, options, family="vit_*")
     _check_vision_transformer(encoder)
     if not encoder_args.get("pretrained"):

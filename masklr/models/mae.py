@@ -15,6 +15,8 @@ from masklr.masks import Strategy, num_masked, patch_split
 from masklr.models.cross_decoder import CrossBlock
 from masklr.models.encoders import checked_instance, init_as_in_paper, named_encoder
 from masklr.models.patches import num_predicted, patch_deviation, patchify, predicted_subset, rows, unpatchify
+from masklr.models.pretrained import load_weights
+from masklr.models.run_encoder import run_checkpoint
 from masklr.models.timm_models import check_size
 
 Split = tuple[Tensor, Tensor]  # indices of visible patches (B, V), of masked patches (B, M)
@@ -65,10 +67,13 @@ class MaskedAutoencoder(nn.Module):
             round(M * prediction_ratio) of M, drawn for each image.
         checkpoint: Whether the backward pass computes the activations of each block anew instead of keeping them: the
             same gradients from less memory, in more time.
+        weights: File of weights to start from: a checkpoint of such a model, what `masklr export` writes, timm's
+            weights, or the original release's, with or without its decoder. Position embeddings are interpolated where
+            the number of patches differs. None: random ones.
 
     Raises:
         ValueError: An unknown encoder; sizes that do not fit; a mask or prediction ratio that leaves no visible, no
-            masked or no predicted patch.
+            masked or no predicted patch; weights of another architecture.
 
     Reference:
         He et al., "Masked autoencoders are scalable vision learners", CVPR 2022; Fu et al., "Rethinking patch
@@ -95,6 +100,7 @@ class MaskedAutoencoder(nn.Module):
         decoder: Literal["full", "cross"] = "full",
         prediction_ratio: float = 1.0,
         checkpoint: bool = False,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
         from timm.layers import build_sincos2d_pos_embed
@@ -137,6 +143,8 @@ class MaskedAutoencoder(nn.Module):
         accelerate(self)
         if checkpoint:
             self.encoder.set_grad_checkpointing()
+        if weights is not None:
+            load_weights(self, run_checkpoint(weights))
 
     def _check_ratios(self) -> None:
         """Raise where no split of the patches can be drawn."""
