@@ -14,7 +14,7 @@ from theory_predictions import Prediction, invariant_tail, modes
 from theory_rows import Row, Training
 from torch import Tensor
 
-PAGE_WIDTH, PANEL_HEIGHT, COLUMNS = 7.1, 1.5, 4  # inches: a page of two columns
+PAGE_WIDTH, PANEL_HEIGHT, COLUMNS = 7.1, 1.32, 3  # inches: a page of two columns
 # Okabe and Ito's palette, which color-blind readers can tell apart; the largest value first.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 STYLE = {
@@ -71,7 +71,7 @@ def draw_panel(ax: Axes, row: Row, prediction: Prediction, training: Training) -
     if not row.schedule.path:
         ax.plot(steps, control, color="0.75", lw=0.8, zorder=1)
     for i in reversed(range(masked.shape[1])):
-        ax.plot(steps, masked[:, i], color=color(i, masked.shape[1]), lw=1.2, zorder=2)
+        ax.plot(steps, masked[:, i], color=color(i, prediction.rank, masked.shape[1]), lw=1.2, zorder=2)
     dashes = {"color": "black", "lw": 0.7, "ls": (0, (3, 2)), "zorder": 3}
     if tail:
         curve = invariant_tail(row, training.steps[-1])[:, None]
@@ -92,9 +92,11 @@ def draw_panel(ax: Axes, row: Row, prediction: Prediction, training: Training) -
     label_values(ax, prediction.spectrum, top)
 
 
-def color(i: int, count: int) -> str | tuple[float, ...]:
-    """Color of a singular value: one of four, or of a scale where there are more."""
-    return COLORS[i] if count <= len(COLORS) else plt.colormaps["viridis"](0.9 * i / (count - 1))
+def color(i: int, rank: int, count: int) -> str | tuple[float, ...]:
+    """Color of the i-th of `count` singular values: one of four, or of a scale if more than four are above 0."""
+    if rank <= len(COLORS):
+        return COLORS[min(i, len(COLORS) - 1)]
+    return plt.colormaps["viridis"](0.9 * i / (count - 1))
 
 
 def unique(values: Tensor) -> list[float]:
@@ -106,7 +108,7 @@ def label_values(ax: Axes, values: Tensor, top: float) -> None:
     """Write the predicted values to the right of their lines, as many as find room."""
     last = float("inf")
     for value in unique(values):
-        if last - value > 0.11 * top:
+        if last - value > 0.14 * top:
             ax.annotate(
                 f"{value:.2f}",
                 (1, value),

@@ -44,12 +44,12 @@ SCHEDULES = {
     "dropout_autoencoder": Schedule("linear autoencoder, dropout", steps=8000, draws=512, sample_inputs=True),
     "dropconnect_last": Schedule("DropConnect, last layer"),
     "dropconnect_first": Schedule("DropConnect, first layer"),
-    "dropconnect_first_correlated": Schedule("the same, inputs correlated"),
+    "dropconnect_first_correlated": Schedule("DropConnect, first layer, correlated inputs"),
     "groups": Schedule("groups, 2 of 8 units"),
     "groups_wide": Schedule("groups, 2 of 12 units"),
     "groups_strong": Schedule("groups, 2 of 8 units"),
     "deep_dropout": Schedule("dropout, 2 hidden layers"),
-    "deep_dropout_bound": Schedule("dropout, 2 hidden layers"),
+    "deep_dropout_bound": Schedule("dropout, 2 hidden layers, bound"),
     "weight_decay": Schedule("weight decay"),
     "weight_decay_dropout": Schedule("weight decay and dropout"),
     "mae_all": Schedule("linear MAE, loss on all", draws=32),
@@ -120,7 +120,7 @@ class Row:
         """How strong the masks are, in a few words for the table and the figure."""
         parts = [f"p = {self.p:g}"] if self.p else []
         if self.weight_decay:
-            parts.append(f"weight decay {self.weight_decay:g}")
+            parts.append(f"mu = {self.weight_decay:g}")
         if self.arguments.get("exact_count"):
             parts.append("exact count")
         if self.schedule.path:

@@ -50,7 +50,7 @@ def test_a_row_that_holds_is_printed_and_drawn_and_exits_with_0(modules, tmp_pat
     arguments = ["--rows", "weight_decay_dropout", "--seeds", "1", "--steps", "1500", "--figure", str(figure)]
     assert modules[0].main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("weight_decay_dropout (weight decay and dropout, p = 0.5, weight decay 0.3; 1500 steps")
+    assert lines[1].startswith("weight_decay_dropout (weight decay and dropout, p = 0.5, mu = 0.3; 1500 steps")
     assert lines[1].endswith(": holds")
     assert lines[2].split() == ["predicted", "2.800", "1.800", "0.800", "0.000", "3", "13.4200"]
     assert lines[3].split()[0] == "measured"
