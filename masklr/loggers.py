@@ -112,7 +112,8 @@ class RunLock:
             return False
         except PermissionError:
             pass
-        # A number can be given again to another process, which then began at another time.
+        # A number can be given again to another process, which then began at another time. Where the kernel does not
+        # say when, both are None.
         return _start_of(pid) == other.get("started")
 
     def release(self) -> None:
@@ -121,9 +122,11 @@ class RunLock:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process began, in the kernel's clock; None where the kernel does not say."""
+    """When a process began, in the kernel's clock; None for one that has ended, or where the kernel does not say."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # A zombie has ended, but nobody has asked for its exit code, as in a container without an init process.
+        return None if fields[0] == "Z" else fields[19]
     except (OSError, IndexError):
         return None
 
