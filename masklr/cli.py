@@ -1,7 +1,7 @@
 """The command `masklr`: what it can do, and one place where a user's mistake becomes a sentence.
 
 Imports nothing heavy: `masklr --help` answers at once. Commands that need Lightning live in `masklr.recipe_cli`, and
-`masklr measure` in `masklr.measure_cli`.
+`masklr measure` and `masklr export` in `masklr.measure_cli` and `masklr.export_cli`.
 """
 
 import os
@@ -18,6 +18,7 @@ COMMANDS = {
     "test": "measure a checkpoint on the test split",
     "predict": "write features or logits of a data set as safetensors",
     "measure": "spectra of the weights of a checkpoint or a timm model: a table and a picture",
+    "export": "weights of a run as safetensors: a timm model's, or all",
 }
 
 HELP = """masklr: train with masks, see the rank, use the rank.
@@ -33,6 +34,7 @@ commands:
                                       the recipe with all defaults filled in
   masklr measure CHECKPOINT_OR_TIMM_NAME
                                       needs no recipe; files go to measured/NAME
+  masklr export RUN_OR_CHECKPOINT     writes RUN/encoder.safetensors, which a timm model loads
   masklr --version                    the version
 
 A run writes into runs/NAME/VERSION: config.yaml, metrics.csv, spectra/, pictures/, checkpoints/, wandb/ (offline unless
@@ -59,6 +61,10 @@ def main(argv: list[str] | None = None) -> int:
             from masklr.measure_cli import run as measure
 
             measure(arguments[1:])
+        elif command == "export":
+            from masklr.export_cli import run as export
+
+            export(arguments[1:])
         else:
             from masklr.recipe_cli import run
 

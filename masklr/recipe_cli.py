@@ -19,7 +19,7 @@ from pytorch_lightning.plugins.io import CheckpointIO
 import masklr.callbacks
 import masklr.data
 import masklr.tasks  # noqa: F401 (imported so that recipes can use short class names)
-from masklr.callbacks import RunCheckpoint, RunState, StepProgress, StepSeed, StepTiming
+from masklr.callbacks import NonFinite, RunCheckpoint, RunState, StepProgress, StepSeed, StepTiming
 from masklr.callbacks.predictions import PredictionWriter
 from masklr.callbacks.recording import written_whole
 from masklr.checkpoints import WholeCheckpointIO
@@ -132,6 +132,8 @@ class RecipeCLI(LightningCLI):
         given = tuple(type(callback) for callback in callbacks)
         if not any(issubclass(kind, StepSeed) for kind in given):
             callbacks.append(StepSeed())
+        if self._command == "fit" and not any(issubclass(kind, NonFinite) for kind in given):
+            callbacks.insert(0, NonFinite())
         callbacks.append(StepTiming())
         if trainer.enable_progress_bar is not False and not any(issubclass(kind, ProgressBar) for kind in given):
             callbacks.append(StepProgress())

@@ -65,7 +65,7 @@ SCHEDULES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a network, its masks and its data, from `configs/regression_synthetic_{name}.yaml`.
+    """One row: a network, its masks and its data, from `configs/regress_synthetic_{name}.yaml`.
 
     Args:
         name: Its name.
@@ -88,7 +88,7 @@ class Row:
     @classmethod
     def read(cls, name: str) -> "Row":
         """The row of a recipe."""
-        recipe = yaml.safe_load((ROOT / "configs" / f"regression_synthetic_{name}.yaml").read_text())
+        recipe = yaml.safe_load((ROOT / "configs" / f"regress_synthetic_{name}.yaml").read_text())
         task, data = recipe["model"]["init_args"], recipe["data"]["init_args"]
         if "covariance" in data:
             data["covariance"] = str(ROOT / data["covariance"])

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "loggers": {"callbacks.recording"},
     "summary": set(),
     "names": set(),
+    "command_parser": set(),
     "state_dicts": set(),
     "spectra_figure": set(),
     "measure": {"spectra", "matrices", "products", "state_dicts", "spectra_figure"},
@@ -54,7 +55,14 @@ MAY_IMPORT = {
     "report": {"spectra"},
     "sweep": {"spectra"},
 }
-COMMAND_LINE = {"cli", "recipe_cli", "resumed_run", "recipe_parser", "measure_cli"}  # may import everything
+COMMAND_LINE = {
+    "cli",
+    "recipe_cli",
+    "resumed_run",
+    "recipe_parser",
+    "measure_cli",
+    "export_cli",
+}  # may import everything
 HEAVY = {"plotly", "matplotlib", "timm", "wandb", "torchvision", "sklearn", "datasets", "transformers"}
 
 

@@ -3,6 +3,7 @@
 from masklr.callbacks.gradient_spectrum import GradientSpectrum
 from masklr.callbacks.induced_penalty import InducedPenalty
 from masklr.callbacks.mask_schedule import MaskSchedule
+from masklr.callbacks.nonfinite import NonFinite
 from masklr.callbacks.probe import Probe
 from masklr.callbacks.reconstructions import Reconstructions
 from masklr.callbacks.representation_spectrum import RepresentationSpectrum
@@ -18,6 +19,7 @@ __all__ = [
     "GradientSpectrum",
     "InducedPenalty",
     "MaskSchedule",
+    "NonFinite",
     "Probe",
     "Reconstructions",
     "RepresentationSpectrum",

@@ -41,7 +41,7 @@ def mae_state_dict(path: str | Path) -> dict[str, Tensor]:
     prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in state)), None)
     if prefix is None:
         decoder = {key: tensor for key, tensor in state.items() if key.startswith(DECODER)}
-        encoder = {key: tensor for key, tensor in state.items() if key not in decoder}
+        encoder = {key: t for key, t in state.items() if key not in decoder and not key.startswith("head.")}
         if "decoder_pred.weight" in decoder:
             decoder = _from_original(decoder, encoder, path)
     else:
@@ -49,8 +49,7 @@ def mae_state_dict(path: str | Path) -> dict[str, Tensor]:
         outside = prefix.removesuffix("encoder.").removesuffix("backbone.")
         inside = {key.removeprefix(outside): tensor for key, tensor in state.items() if key.startswith(outside)}
         decoder = {key: tensor for key, tensor in inside.items() if key.startswith(DECODER)}
-    named = {f"encoder.{key}": tensor for key, tensor in encoder.items() if not key.startswith("head.")}
-    return named | decoder
+    return {f"encoder.{key}": tensor for key, tensor in encoder.items()} | decoder
 
 
 def load_weights(model: Any, path: str | Path, argument: str = "weights") -> None:
