@@ -5,6 +5,8 @@ from typing import Any
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
+from masklr.models.pretrained import load_encoder
+from masklr.models.run_encoder import is_file, pretrained_encoder, run_checkpoint
 from masklr.models.timm_models import check_size, pair, timm_model
 
 
@@ -15,8 +17,8 @@ class Classifier(nn.Module):
     `MaskedAutoencoder`) keeps its weights and loses its head, if it has one. Initialization and pooling are timm's.
 
     Args:
-        backbone: Name of any timm model, or an instance that states the size of its pooled features as `num_features`
-            or `embed_dim`.
+        backbone: Name of any timm model; or a pretraining run (its folder, or a checkpoint in it), whose encoder is
+            taken; or an instance that states the size of its pooled features as `num_features` or `embed_dim`.
         num_classes: Number of classes, at least 1.
         image_size: Height and width in pixels, one number if equal; passed on where the architecture is built for a
             size. None: the backbone's own, and any where it takes any.
@@ -24,9 +26,19 @@ class Classifier(nn.Module):
         in_chans: Number of image channels. None: the backbone's own.
         pretrained: Whether a named backbone comes with timm's pretrained weights, downloaded at first use.
         backbone_args: Overrides for `timm.create_model`, such as `depth`, `drop_path_rate`, `global_pool`.
+        weights: File of weights for a vision transformer by name: a checkpoint of masklr's, what `masklr export`
+            writes, timm's weights or the original release's. Position embeddings are interpolated where the number of
+            patches differs.
+        frozen: Whether the backbone stays as it is, in evaluation mode, and the head alone learns.
+        head_norm: Whether features are standardized by a batch norm without scale and shift before they reach the
+            head, as in the linear probe of the masked autoencoder's paper.
 
     Raises:
-        ValueError: An unknown backbone, sizes that it cannot be built for, arguments that contradict an instance.
+        ValueError: An unknown backbone, sizes that it cannot be built for, arguments that contradict an instance,
+            weights of another architecture.
+
+    Reference:
+        He et al., "Masked autoencoders are scalable vision learners", CVPR 2022, appendix A.1 (`head_norm`).
     """
 
     backbone: Any  # timm is imported when one is built
@@ -40,6 +52,9 @@ class Classifier(nn.Module):
         in_chans: int | None = None,
         pretrained: bool = False,
         backbone_args: dict[str, Any] | None = None,
+        weights: str | None = None,
+        frozen: bool = False,
+        head_norm: bool = False,
     ) -> None:
         super().__init__()
         from masklr.models.attention import accelerate
@@ -49,9 +64,15 @@ class Classifier(nn.Module):
         sizes = {"img_size": pair(image_size), "patch_size": pair(patch_size), "in_chans": in_chans}
         if isinstance(backbone, str):
             given = {argument: value for argument, value in sizes.items() if value is not None}
-            self.backbone = named_backbone(backbone, {"pretrained": pretrained, **given, **(backbone_args or {})})
+            options = {**given, **(backbone_args or {})}
+            self.backbone = _backbone_by_name(backbone, options, pretrained, weights)
         else:
-            unwanted = {"patch_size": patch_size, "pretrained": pretrained, "backbone_args": backbone_args}
+            unwanted = {
+                "patch_size": patch_size,
+                "pretrained": pretrained,
+                "backbone_args": backbone_args,
+                "weights": weights,
+            }
             for argument, value in unwanted.items():
                 if value:
                     raise ValueError(f"Expected no `{argument}` beside a `backbone` that is an instance, got {value}.")
@@ -62,10 +83,24 @@ class Classifier(nn.Module):
         self.num_classes = num_classes
         self.in_chans = _agreed("in_chans", in_chans, _channels(self.backbone))
         self.image_size = _agreed("image_size", pair(image_size), _fixed_size(self.backbone))
+        self.head_norm: nn.Module = (
+            nn.BatchNorm1d(self.num_features, 1e-6, affine=False) if head_norm else nn.Identity()
+        )
         self.head = nn.Linear(self.num_features, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)  # as timm's heads
         nn.init.zeros_(self.head.bias)
         accelerate(self)
+        self.frozen = frozen
+        if frozen:
+            self.backbone.requires_grad_(False)
+            self.backbone.eval()
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Training or evaluation mode; a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
 
     def check_size(self, images: Tensor) -> None:
         """Raise unless images (B, C, H, W) have the channels and the size that the backbone was built for."""
@@ -78,7 +113,22 @@ class Classifier(nn.Module):
 
     def forward(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
         """Logits of normalized images."""
-        return self.head(self.features(images))
+        return self.head(self.head_norm(self.features(images)))
+
+
+def _backbone_by_name(name: str, options: dict[str, Any], pretrained: bool, weights: str | None) -> Any:
+    """A backbone without a head, of a pretraining run or of timm, with its weights."""
+    from_run = is_file(name)
+    if pretrained and (from_run or weights is not None):
+        raise ValueError("Expected no `pretrained` beside weights from a run or a file, got True.")
+    if from_run:
+        if weights is not None:
+            raise ValueError(f"Expected no `weights` beside a `backbone` that is a run, got {weights}.")
+        return pretrained_encoder(name, "backbone", options)
+    backbone = named_backbone(name, {"pretrained": pretrained, **options})
+    if weights is not None:
+        load_encoder(backbone, run_checkpoint(weights))
+    return backbone
 
 
 def named_backbone(name: str, options: dict[str, Any]) -> Any:

@@ -99,7 +99,7 @@ def _fit_positions(state: dict[str, Tensor], key: str, vit: Any) -> None:
     """Interpolate the position embeddings of a square image, where the transformer has another number of patches."""
     from timm.layers import resample_abs_pos_embed
 
-    found, own = state.get(key), vit.pos_embed
+    found, own = state.get(key), getattr(vit, "pos_embed", None)
     if found is None or own is None or found.ndim != 3 or found.shape[1] == own.shape[1]:
         return
     num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
