@@ -28,13 +28,16 @@ class Optim:
         min_lr_ratio: Where the cosine ends, as a share of the peak, in [0, 1].
         optimizer: `adamw` or `sgd`.
         momentum: Momentum of `sgd`, in [0, 1).
+        layer_decay: Factor, in (0, 1], by which the learning rate of each layer of a timm backbone is below that of the
+            layer after it; what comes after the backbone (a head, a decoder) has the full one. 1 is the same for all.
 
     Raises:
         ValueError: A value outside its range.
 
     Reference:
         Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019; Goyal et al., "Accurate, large
-        minibatch SGD", 2017 (linear scaling).
+        minibatch SGD", 2017 (linear scaling); Bao et al., "BEiT: BERT pre-training of image transformers", ICLR 2022
+        (`layer_decay`).
     """
 
     base_lr: float = 1.5e-4
@@ -45,6 +48,7 @@ class Optim:
     min_lr_ratio: float = 0.0
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: float = 0.0
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.base_lr > 0:
@@ -61,6 +65,8 @@ class Optim:
             raise ValueError(f"Expected `optimizer` adamw or sgd, got {self.optimizer!r}.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"Expected `momentum` in [0, 1), got {self.momentum}.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"Expected `layer_decay` in (0, 1], got {self.layer_decay}.")
         if self.momentum and self.optimizer == "adamw":
             raise ValueError(f"Expected no `momentum` with adamw, which has `betas`, got {self.momentum}.")
 
@@ -90,11 +96,11 @@ class Optim:
             raise ValueError(
                 "Expected `max_steps` or `max_epochs` of the trainer to be set: the schedule needs the run's length."
             )
-        decayed, not_decayed = parameter_groups(module)
-        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
+        peak_lr = self.peak_lr(global_batch_size(trainer))
+        groups = self._groups(module, peak_lr)
         # One kernel for all parameters. Lightning cannot clip gradients of a fused optimizer under mixed precision.
         options: dict[str, Any] = {
-            "lr": self.peak_lr(global_batch_size(trainer)),
+            "lr": peak_lr,
             "fused": not trainer.gradient_clip_val,
         }
         optimizer: torch.optim.Optimizer
@@ -104,6 +110,59 @@ class Optim:
             optimizer = torch.optim.SGD(groups, momentum=self.momentum, **options)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _groups(self, module: nn.Module, peak_lr: float) -> list[dict[str, Any]]:
+        """Decayed and other parameters, of each learning rate."""
+        decayed, not_decayed = parameter_groups(module)
+        if self.layer_decay == 1:
+            return [
+                {"params": decayed, "weight_decay": self.weight_decay},
+                {"params": not_decayed, "weight_decay": 0.0},
+            ]
+        scales = layer_scales(module, self.layer_decay)
+        scale_of = {id(parameter): scales[name] for name, parameter in module.named_parameters()}
+        return [
+            {"params": chosen, "weight_decay": weight_decay, "lr": peak_lr * scale}
+            for scale in sorted(set(scale_of.values()), reverse=True)
+            for parameters, weight_decay in ((decayed, self.weight_decay), (not_decayed, 0.0))
+            if (chosen := [parameter for parameter in parameters if scale_of[id(parameter)] == scale])
+        ]
+
+
+def layer_scales(module: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Share of the learning rate that each parameter gets under layer-wise decay.
+
+    Of a timm backbone (any part that has timm's `group_matcher`) whose layers are numbered from 0, the stem, to L, the
+    last block and the norms after it, layer i gets layer_decay^(L + 1 - i); all else gets 1.
+
+    Args:
+        module: Any module with a timm backbone in it.
+        layer_decay: Factor from a layer to the one before it, in (0, 1].
+
+    Returns:
+        Shares by name, in the order of `named_parameters()`.
+
+    Raises:
+        ValueError: There is no backbone whose layers are known.
+    """
+    from timm.models import group_parameters
+
+    scales = {name: 1.0 for name, _ in module.named_parameters()}
+    backbones: dict[str, Any] = {}
+    for prefix, part in module.named_modules():
+        inside = any(prefix.startswith(f"{outer}.") or not outer for outer in backbones)
+        if callable(getattr(part, "group_matcher", None)) and not inside:
+            backbones[prefix] = part
+    if not backbones:
+        raise ValueError(
+            f"Expected a timm backbone for `layer_decay`, got {layer_decay} and none whose layers are known."
+        )
+    for prefix, backbone in backbones.items():
+        layers = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
+        last = max(layers.values())
+        for name, layer in layers.items():
+            scales[f"{prefix}.{name}" if prefix else name] = layer_decay ** (last + 1 - layer)
+    return scales
 
 
 def parameter_groups(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
-from masklr.optim import Optim, parameter_groups
+from masklr.optim import Optim, layer_scales, parameter_groups
 
 
 class Rates(pl.Callback):
@@ -173,3 +173,72 @@ def test_sgd_takes_the_step_of_its_formula_with_decay_in_the_gradient(make_train
 def test_values_outside_their_range_raise(options):
     with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
         Optim(**options)
+
+
+def classifier(**options):
+    from masklr.models import Classifier
+
+    sizes = {"embed_dim": 24, "depth": 3, "num_heads": 2, **options}
+    return Classifier(num_classes=5, image_size=8, patch_size=2, in_chans=1, backbone_args=sizes)
+
+
+def test_layer_decay_falls_from_the_head_to_the_patches():
+    scales = layer_scales(nn.ModuleDict({"model": classifier()}), 0.5)
+    found = {name.removeprefix("model."): scale for name, scale in scales.items()}
+    assert found["head.weight"] == found["head.bias"] == 1
+    for block in range(3):
+        of_block = {scale for name, scale in found.items() if name.startswith(f"backbone.blocks.{block}.")}
+        assert of_block == {0.5 ** (3 - block)}
+    assert found["backbone.norm.weight"] == 0.5
+    stem = ("backbone.cls_token", "backbone.pos_embed", "backbone.patch_embed.proj.weight")
+    assert {found[name] for name in stem} == {0.5**4}
+
+
+def test_layer_decay_is_that_of_timm_for_a_network_with_its_head():
+    import timm
+    from timm.optim import param_groups_layer_decay
+
+    for name in ("vit_tiny_patch16_224", "resnet10t"):
+        network = timm.create_model(name, num_classes=5)
+        wanted = {
+            id(p): group["lr_scale"]
+            for group in param_groups_layer_decay(network, layer_decay=0.7)
+            for p in group["params"]
+        }
+        head = network.get_classifier()
+        network.reset_classifier(0)
+        ours = layer_scales(nn.ModuleList([network, head]), 0.7)
+        for key, parameter in nn.ModuleList([network, head]).named_parameters():
+            assert ours[key] == pytest.approx(wanted[id(parameter)]), (name, key)
+
+
+def test_every_layer_follows_the_schedule_at_its_own_rate(make_trainer, tmp_path):
+    class Task(Line):
+        def __init__(self, optim):
+            super().__init__(optim)
+            self.layer = classifier()
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch[0].view(-1, 1, 8, 8)).square().mean()
+
+    data = DataLoader(TensorDataset(torch.ones(32, 64)), 8)
+    optim = Optim(base_lr=0.32, warmup=1, layer_decay=0.5)
+    rates, task = Rates(), Task(optim)
+    make_trainer(tmp_path, logger=False, callbacks=[rates], max_steps=4).fit(task, data)
+    optimizer = task.optimizers().optimizer
+    groups = {(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert groups == {(0.01 * 0.5**i, decay) for i in range(5) for decay in (0.05, 0.0)}
+    in_groups = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, in_groups)) == sorted(map(id, task.parameters()))
+    for step, found in enumerate(rates.rates):
+        factor = expected(step, 4, 1, 1.0)
+        assert found == pytest.approx([group["initial_lr"] * factor for group in optimizer.param_groups])
+
+
+def test_no_layer_decay_is_two_groups_and_a_network_without_layers_is_refused():
+    assert {scale for scale in layer_scales(classifier(), 1.0).values()} == {1.0}
+    with pytest.raises(ValueError, match=r"Expected a timm backbone for `layer_decay`, got 0\.5 and none"):
+        layer_scales(nn.Linear(2, 2), 0.5)
+    for value in (0.0, 1.5):
+        with pytest.raises(ValueError, match=r"Expected `layer_decay` in \(0, 1\], got"):
+            Optim(layer_decay=value)
