@@ -5,12 +5,14 @@ from masklr.data.decoding import SampleError
 from masklr.data.digits import Digits
 from masklr.data.images import TorchvisionImages
 from masklr.data.loading import ImageData
+from masklr.data.mixing import Mixing
 from masklr.data.shards import ShardedImages
 from masklr.data.synthetic import Synthetic
 
 __all__ = [
     "Digits",
     "ImageData",
+    "Mixing",
     "RandomCrop",
     "RandomHorizontalFlip",
     "RandomResizedCrop",

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -33,6 +34,9 @@ class Classification(pl.LightningModule):
             `RandomHorizontalFlip`, `RandomCrop`, `RandomResizedCrop`, or torchvision v2 transforms (one draw a batch).
         mean: Mean of each channel, of images in [0, 1]; one value serves all channels.
         std: Standard deviation of each channel.
+        mixing: Mixtures of training images and labels, such as `masklr.data.Mixing`, made after augmentation and
+            normalization, inside the step: `mixing(images, labels)` gives images, the labels mixed in, and the share of
+            each image's own. The accuracy of a mixture is that of both labels by their shares.
         label_smoothing: Share of the target that goes to all classes alike in training, in [0, 1).
         compile: Whether to compile the model with `torch.compile`.
 
@@ -51,6 +55,7 @@ class Classification(pl.LightningModule):
         std: list[float] | None = None,
         label_smoothing: float = 0.0,
         compile: bool = False,
+        mixing: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
@@ -59,7 +64,7 @@ class Classification(pl.LightningModule):
         insert(model, masks or {})
         self.model: Any = model
         self.optim, self.label_smoothing = optim, label_smoothing
-        self.augmentation = nn.Sequential(*(augmentation or []))
+        self.augmentation, self.mixing = nn.Sequential(*(augmentation or [])), mixing
         self.metrics: Any = nn.ModuleDict({name: MeanMetric() for name in ("loss", "accuracy")})
         if compile:
             # In place: state_dict keys stay.
@@ -84,12 +89,24 @@ class Classification(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Cross-entropy of an augmented batch."""
-        labels = batch[1]
-        logits = self.model(self.prepared(self.augmentation(batch[0])))
-        loss = cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        images, labels = self.prepared(self.augmentation(batch[0])), batch[1]
+        if self.mixing is None:
+            logits = self.model(images)
+            loss, hits = cross_entropy(logits, labels, label_smoothing=self.label_smoothing), accuracy(logits, labels)
+        else:
+            images, others, share = self.mixing(images, labels)
+            loss, hits = self._of_mixtures(self.model(images), labels, others, share)
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/accuracy", accuracy(logits, labels))
+        self.log("train/accuracy", hits)
         return loss
+
+    def _of_mixtures(self, logits: Tensor, labels: Tensor, others: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and accuracy, both linear in the target, of targets that are mixtures of two labels."""
+        loss, hits = torch.zeros_like(share), torch.zeros_like(share)
+        for target, weight in ((labels, share), (others, 1 - share)):
+            loss += weight * cross_entropy(logits, target, reduction="none", label_smoothing=self.label_smoothing)
+            hits += weight * (logits.argmax(1) == target)
+        return loss.mean(), hits.mean()
 
     def on_validation_epoch_start(self) -> None:
         """Nothing is counted yet."""
