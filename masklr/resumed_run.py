@@ -73,10 +73,10 @@ class ResumedRun:
             if not any(f"{_short(key)}.".startswith(f"{flag}.") for flag in flags if flag not in ("config", "resume"))
         }
         if others:
-            told = "; ".join(f"{key} is {new!r}, not {old!r}" for key, (old, new) in others.items())
+            told = "; ".join(f"{key} is {_shown(new)}, not {_shown(old)}" for key, (old, new) in others.items())
             raise ValueError(f"Expected the recipe of {self.folder} to resume it, got another: {told}.")
         self.changes = found
-        told = ", ".join(f"{key} {new!r} instead of {old!r}" for key, (old, new) in found.items())
+        told = ", ".join(f"{key} {_shown(new)} instead of {_shown(old)}" for key, (old, new) in found.items())
         print(
             f"masklr: {self.folder} goes on at step {self.step}" + (f"; {told}" if told else ""),
             file=sys.stderr,
@@ -129,6 +129,11 @@ def changes(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
             found |= changes(old.get(name), new.get(name), f"{key}.{name}".strip("."))
         return found
     return {} if old == new else {key: (old, new)}
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _short(key: str) -> str:
