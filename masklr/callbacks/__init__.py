@@ -1,5 +1,6 @@
 """Callbacks for any LightningModule; what each logs stands in its docstring."""
 
+from masklr.callbacks.final_test import FinalTest
 from masklr.callbacks.gradient_spectrum import GradientSpectrum
 from masklr.callbacks.induced_penalty import InducedPenalty
 from masklr.callbacks.mask_schedule import MaskSchedule
@@ -16,6 +17,7 @@ from masklr.callbacks.update_spectrum import UpdateSpectrum
 from masklr.callbacks.weight_spectrum import WeightSpectrum
 
 __all__ = [
+    "FinalTest",
     "GradientSpectrum",
     "InducedPenalty",
     "MaskSchedule",

@@ -1,5 +1,6 @@
 """Classification with cross-entropy."""
 
+import warnings
 from typing import Any
 
 import pytorch_lightning as pl
@@ -76,6 +77,9 @@ class Classification(pl.LightningModule):
         own = getattr(self.model, "num_classes", None)
         if None not in (of_data, own) and own != of_data:
             raise ValueError(f"Expected a `model` of as many classes as the data has, {of_data}, got {own}.")
+        if getattr(self.model, "frozen", False):
+            # Lightning warns of parts in evaluation mode, as one that is frozen is meant to be.
+            warnings.filterwarnings("ignore", "Found .* in eval mode at the start of training")
 
     def prepared(self, images: Tensor) -> Tensor:
         """Normalized float images of a batch as the loader gives it."""
