@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "adapters": {"layers", "spectra", "moments", "matrices"},
     "compress": {"layers", "spectra", "moments", "matrices"},
     "uniformity": set(),
+    "neighbors": set(),
     "tasks": {"theory", "masks", "layers", "optim", "adapters", "uniformity"},
     "callbacks": {
         "checkpoints",
@@ -48,6 +49,7 @@ MAY_IMPORT = {
         "products",
         "subspaces",
         "probes",
+        "neighbors",
         "theory",
         "masks",
         "layers",

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from masklr.callbacks.features import Pool, element, evaluation, features, named_layers
 from masklr.callbacks.recording import Recording, first_validation_counts, with_means
+from masklr.neighbors import neighbor_classes
 from masklr.probes import RidgeClassifier, RidgeMoments, ridge
 
 PIXELS = "pixels"
+LABELS = "*labels*"  # no layer's name
 
 
 class Probe(pl.Callback):
@@ -21,7 +24,7 @@ class Probe(pl.Callback):
 
     The fit is in closed form on streamed moments; the penalty is chosen by cross-validation within the training
     split. Logs `probe/{layer}/accuracy` in percent and, once, `probe/pixels/accuracy`, the same classifier on raw
-    pixels.
+    pixels. With `neighbors`, logs `probe/{layer}/knn_accuracy` too, in percent: nearest neighbors vote, nothing is fit.
 
     Training images come from the data module's `unaugmented_train_dataloader()` where it has one, else from the set
     behind the training loader.
@@ -34,6 +37,8 @@ class Probe(pl.Callback):
         max_train_samples: Training images to fit on, evenly spaced over the split (the first ones of a stream); None
             takes all.
         pixels: Whether to probe raw pixels too, at the first validation; they must have at most 4,096 values an image.
+        neighbors: How many nearest neighbors vote, 20 being usual; 0 for none. Features of the training images are
+            kept in memory for it, in float32, on every process.
         inputs: Where a batch has its images: an index or a key.
         labels: Where a batch has its class indices.
 
@@ -50,13 +55,17 @@ class Probe(pl.Callback):
         pixels: bool = True,
         inputs: int | str = 0,
         labels: int | str = 1,
+        neighbors: int = 0,
     ) -> None:
+        if neighbors < 0:
+            raise ValueError(f"Expected `neighbors` of 0 or more, got {neighbors}.")
         if max_train_samples is not None and max_train_samples < 10:
             raise ValueError(f"Expected `max_train_samples` of at least 10, got {max_train_samples}.")
         if pool == "tokens":
             raise ValueError("Expected `pool` to be 'mean' or 'first', got 'tokens': an image has one label.")
         self.layers, self.module, self.pool = layers or [], module, pool
         self.max_train_samples, self.pixels, self.inputs, self.labels = max_train_samples, pixels, inputs, labels
+        self.neighbors = neighbors
         self._pixels_due = pixels
 
     @property
@@ -81,10 +90,12 @@ class Probe(pl.Callback):
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fit the classifiers on the training split."""
         self._classifiers: dict[str, RidgeClassifier] = {}
-        self._accuracies: dict[str, MeanMetric] = {}
+        self._accuracies: dict[tuple[str, str], MeanMetric] = {}
+        self._known: dict[str, Tensor] = {}
         if not first_validation_counts(trainer):
             return
         moments: dict[str, RidgeMoments] = {}
+        known: dict[str, list[Tensor]] = {}
         with self._recording.measurement(), evaluation(trainer, pl_module):
             for batch, positions in self._train_batches(trainer, pl_module):
                 labels = element(batch, self.labels, "labels")
@@ -92,8 +103,15 @@ class Probe(pl.Callback):
                     if name not in moments:
                         moments[name] = RidgeMoments().to(found.device)
                     moments[name].update(found, labels, positions)
+                    if self.neighbors and name != PIXELS:
+                        known.setdefault(name, []).append(found.float())
+                if self.neighbors:
+                    known.setdefault(LABELS, []).append(labels)
             self._classifiers = {name: ridge(moment.compute()) for name, moment in moments.items()}
-            self._accuracies = {name: MeanMetric().to(pl_module.device) for name in moments}
+            self._known = {name: _of_all_processes(trainer, torch.cat(parts)) for name, parts in known.items()}
+            measures = [(name, "accuracy") for name in moments]
+            measures += [(name, "knn_accuracy") for name in self._known if name != LABELS]
+            self._accuracies = {measure: MeanMetric().to(pl_module.device) for measure in measures}
 
     def on_validation_batch_end(
         self,
@@ -110,17 +128,24 @@ class Probe(pl.Callback):
         with self._recording.measurement(), evaluation(trainer, pl_module):
             labels = element(batch, self.labels, "labels")
             for name, found in self._features(pl_module, batch).items():
-                hits = self._classifiers[name].predict(found) == labels
-                self._accuracies[name].update(100.0 * hits.float())
+                classes = {(name, "accuracy"): self._classifiers[name].predict(found)}
+                if name in self._known:
+                    known, of_known = self._known[name], self._known[LABELS]
+                    classes[name, "knn_accuracy"] = neighbor_classes(found, known, of_known, self.neighbors)
+                for measure, predicted in classes.items():
+                    self._accuracies[measure].update(100.0 * (predicted == labels).float())
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record the accuracies."""
         if not self._classifiers:
             return
-        values = {name: {"accuracy": metric.compute().item()} for name, metric in self._accuracies.items()}
+        values: dict[str, dict[str, float]] = {}
+        for (name, measure), metric in self._accuracies.items():
+            values.setdefault(name, {})[measure] = metric.compute().item()
         keys = {f"probe/{PIXELS}/accuracy": values.pop(PIXELS)["accuracy"]} if PIXELS in values else {}
         self._recording.scalars(trainer.global_step, {**keys, **with_means("probe", values)})
         self._pixels_due = False
+        self._known = {}
 
     def _features(self, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
         images = element(batch, self.inputs, "inputs")
@@ -168,3 +193,8 @@ class Probe(pl.Callback):
             collate_fn=loader.collate_fn,
             generator=torch.Generator(),  # its own: iterating a loader without one draws from the global generator
         )
+
+
+def _of_all_processes(trainer: pl.Trainer, samples: Tensor) -> Tensor:
+    """The samples of all processes, which may have different numbers of them."""
+    return samples if trainer.world_size == 1 else torch.cat(gather_all_tensors(samples))

@@ -245,3 +245,35 @@ def test_images_too_large_for_a_probe_of_pixels_raise_unless_it_is_off(make_clas
 def test_bad_options_raise(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         Probe(**options)
+
+
+def test_nearest_neighbors_are_logged_beside_ridge_and_change_nothing_of_it(
+    make_classifier, make_trainer, plain_loaders, digits, tmp_path
+):
+    from masklr.neighbors import neighbor_classes
+
+    class Data(pl.LightningDataModule):
+        def unaugmented_train_dataloader(self):
+            return DataLoader(TensorDataset(digits[0][:320], digits[1][:320]), 32)
+
+        def val_dataloader(self):
+            return plain_loaders()[1]
+
+    found = {}
+    module = make_classifier()
+    for neighbors in (0, 5):
+        probe = Probe(["network.4", "network.8"], module="", neighbors=neighbors)
+        trainer = make_trainer(tmp_path, callbacks=[probe], logger=False)
+        trainer.validate(module, Data(), verbose=False)
+        found[neighbors] = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("probe/")}
+    without, with_neighbors = found[0], found[5]
+    assert {k: with_neighbors[k] for k in without} == without
+    keys = {"probe/network.4/knn_accuracy", "probe/network.8/knn_accuracy", "probe/mean/knn_accuracy"}
+    assert with_neighbors.keys() - without.keys() == keys
+    with torch.no_grad():
+        known, samples = (module.eval().network(part) for part in (digits[0][:320], digits[2]))
+    classes = neighbor_classes(samples, known, digits[1][:320], 5)
+    accuracy = 100 * (classes == digits[3]).float().mean().item()
+    assert with_neighbors["probe/network.8/knn_accuracy"] == pytest.approx(accuracy, abs=1e-4)
+    with pytest.raises(ValueError, match="Expected `neighbors` of 0 or more, got -1"):
+        Probe(neighbors=-1)
