@@ -104,7 +104,11 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check what can be checked before anything is built."""
         if self.resumed is not None:
-            self.resumed.compare(self._parser(self._command).dump(self.config[self._command], skip_none=False))
+            # Parsed like the other, so that an option that is younger than the run stands in both.
+            stored = self.parser.parse_args([self._command, f"--config={self.resumed.recipe}"])
+            parser = self._parser(self._command)
+            recipes = (parser.dump(config[self._command], skip_none=False) for config in (stored, self.config))
+            self.resumed.compare(*recipes)
         path = self.config[self._command].get("ckpt_path")
         if path and path not in ("last", "best", "hpc", "registry") and not Path(path).exists():
             raise FileNotFoundError(f"Expected `ckpt_path` to be a checkpoint, but there is no file {path}.")

@@ -55,16 +55,17 @@ class ResumedRun:
         """The command line of `fit` that goes on with the run."""
         return [f"--config={self.recipe}", *self.options, f"--ckpt_path={self.checkpoint}"]
 
-    def compare(self, recipe: str) -> None:
+    def compare(self, stored: str, recipe: str) -> None:
         """Tell what the command line changes.
 
         Args:
-            recipe: The recipe with all its values, as YAML.
+            stored: The recipe in the folder with all its values, as YAML.
+            recipe: The recipe that is about to run, likewise.
 
         Raises:
             ValueError: A recipe on the command line differs from the run's.
         """
-        found = changes(yaml.safe_load(self.recipe.read_text()), yaml.safe_load(recipe))
+        found = changes(yaml.safe_load(stored), yaml.safe_load(recipe))
         found = {key: values for key, values in found.items() if key not in _NOT_COMPARED}
         flags = [_short(option.partition("=")[0][2:]) for option in self.options if option.startswith("--")]
         others = {
@@ -128,6 +129,9 @@ def changes(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
         for name in keys:
             found |= changes(old.get(name), new.get(name), f"{key}.{name}".strip("."))
         return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        parts = (changes(a, b, f"{key}.{number}") for number, (a, b) in enumerate(zip(old, new, strict=True)))
+        return {name: values for part in parts for name, values in part.items()}
     return {} if old == new else {key: (old, new)}
 
 
@@ -137,7 +141,8 @@ def _shown(value: Any) -> str:
 
 
 def _short(key: str) -> str:
-    return key.replace(".init_args", "")
+    """A key as a flag may name it: without `init_args`, without places in lists."""
+    return re.sub(r"\.\d+(?=\.|$)", "", key.replace(".init_args", "")).rstrip("+")
 
 
 def _numbers(version: str) -> tuple[int, ...]:

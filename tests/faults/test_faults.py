@@ -1,0 +1,17 @@
+"""A short form of scripts/faults: real processes, killed and resumed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_killed_and_resumed_run_is_the_one_that_nobody_killed() -> None:
+    options = ["--kills", "2", "--precision", "32-true", "--workers", "0", "--seed", "1", "--trainer.max_steps=60"]
+    run = [sys.executable, str(ROOT / "scripts" / "faults"), *options]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 kills in" in done.stdout
+    assert "unreadable: 0" in done.stdout
+    assert "differences: 0" in done.stdout
