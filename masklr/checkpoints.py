@@ -168,8 +168,8 @@ def step_of(path: Path) -> int:
 
 
 def sweep(folder: Path) -> None:
-    """Remove temporary files of processes that were killed while they wrote a checkpoint here."""
-    for path in folder.glob(".*.ckpt*.*"):
+    """Remove temporary files, `.NAME.PID`, of processes that were killed while they wrote NAME into a folder."""
+    for path in folder.glob(".*.*"):
         pid = path.name.rpartition(".")[2]
         if pid.isdigit() and int(pid) != os.getpid() and not _is_alive(int(pid)):
             path.unlink(missing_ok=True)

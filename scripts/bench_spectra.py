@@ -63,6 +63,7 @@ RECIPES = (
     ),
 )  # fmt: skip
 EVERY_N_STEPS = 200
+PROBED = 20_000  # training images of Probe, its default
 
 
 # ------------------------------------------------------------------------------------------------ both sides
@@ -181,8 +182,10 @@ def recipe_line(recipe: Recipe, steps: int) -> bool:
     recipe_step = step_seconds * recipe.batch / recipe.timed_batch
     every = sum(costs[name] for name in ("weight_spectrum", "gradient_spectrum", "update_spectrum"))
     steps_per_validation = recipe.epochs_per_validation * (recipe.train_images // recipe.batch)
-    validation = costs["representation_spectrum"] * recipe.val_images
-    share = every / (EVERY_N_STEPS * recipe_step) + validation / (steps_per_validation * recipe_step)
+    validation = costs["representation_spectrum"] * recipe.val_images + costs["reconstructions"]
+    # The solution of the ridge problem is counted once an image: more than it takes.
+    probe = costs["probe"] * (PROBED + recipe.val_images)
+    share = every / (EVERY_N_STEPS * recipe_step) + (validation + probe) / (steps_per_validation * recipe_step)
     print(f"      4. {recipe.name}: {recipe.model}")
     print(
         f"         a step: {step_seconds:.2f} s for {recipe.timed_batch} images in bf16, "
@@ -192,7 +195,8 @@ def recipe_line(recipe: Recipe, steps: int) -> bool:
     print(f"         every {EVERY_N_STEPS} steps ({EVERY_N_STEPS * recipe_step:.0f} s): {listed}")
     print(
         f"         every {steps_per_validation} steps: representation_spectrum "
-        f"{1e3 * costs['representation_spectrum']:.2f} ms an image, so {validation:.0f} s for {recipe.val_images:,}"
+        f"{1e3 * costs['representation_spectrum']:.2f} ms an image, with a picture {validation:.0f} s for "
+        f"{recipe.val_images:,}; probe {1e3 * costs['probe']:.2f} ms an image, so {probe:.0f} s"
     )
     # What depends on the batch is the time of a step; the batch at which the cadence alone would reach the limit:
     least = every / (EVERY_N_STEPS * recipe.limit) / (step_seconds / recipe.timed_batch)
@@ -203,10 +207,17 @@ def recipe_line(recipe: Recipe, steps: int) -> bool:
 
 
 def measured_run(recipe: Recipe, steps: int) -> tuple[dict[str, float], float]:
-    """Seconds of each callback (of RepresentationSpectrum, for an image), and of a training step without them."""
+    """Seconds of each callback (of RepresentationSpectrum and Probe, an image), and of a training step without them."""
     import pytorch_lightning as pl
 
-    from masklr.callbacks import GradientSpectrum, RepresentationSpectrum, UpdateSpectrum, WeightSpectrum
+    from masklr.callbacks import (
+        GradientSpectrum,
+        Probe,
+        Reconstructions,
+        RepresentationSpectrum,
+        UpdateSpectrum,
+        WeightSpectrum,
+    )
     from masklr.models import MaskedAutoencoder
     from masklr.optim import Optim
     from masklr.tasks import Pretraining
@@ -214,7 +225,7 @@ def measured_run(recipe: Recipe, steps: int) -> tuple[dict[str, float], float]:
     torch.manual_seed(0)
     task = Pretraining(MaskedAutoencoder(**recipe.model), Optim(base_lr=1.5e-4))
     images = torch.randint(0, 256, (recipe.timed_batch, 3, recipe.image, recipe.image), dtype=torch.uint8)
-    data = TensorDataset(torch.cat([images] * (steps + 1)), torch.arange(len(images) * (steps + 1)))
+    data = TensorDataset(torch.cat([images] * (steps + 1)), torch.arange(len(images) * (steps + 1)) % 10)
     loader = DataLoader(data, len(images))
     found: dict[str, list[float]] = {}
 
@@ -230,6 +241,8 @@ def measured_run(recipe: Recipe, steps: int) -> tuple[dict[str, float], float]:
         GradientSpectrum(**options),
         UpdateSpectrum(**options),
         RepresentationSpectrum(layers=list(recipe.layers), module="model.encoder"),
+        Probe(layers=["norm"], module="model.encoder", max_train_samples=len(images), pixels=False),
+        Reconstructions(),
         Costs(),
     ]
     with tempfile.TemporaryDirectory() as folder:
@@ -242,6 +255,7 @@ def measured_run(recipe: Recipe, steps: int) -> tuple[dict[str, float], float]:
     # The first of each draws its nulls, keeps the initial weights and the first gradient: once a run.
     costs = {name: statistics.median(values[1:]) for name, values in found.items()}
     costs["representation_spectrum"] /= len(images)
+    costs["probe"] /= 2 * len(images)  # as many of the training as of the validation split
     return costs, statistics.median(training_seconds(task.model, images.float() / 255, steps))
 
 

@@ -291,6 +291,16 @@ def test_damaged_newest_checkpoint_is_passed_over(runs, faults, interrupted: Pat
     assert faults.differences(runs[0], interrupted) == []
 
 
+def test_half_written_files_of_a_killed_process_are_removed(runs, faults, interrupted: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in ("checkpoints/.last.ckpt", "spectra/weight_spectrum/.step=00000006.npz", ".metrics.csv"):
+        (interrupted / f"{name}.{dead.pid}").touch()
+    assert main(["fit", f"--resume={interrupted}"]) == 0
+    assert faults.differences(runs[0], interrupted) == []
+    assert not list(interrupted.rglob(".*"))
+
+
 @pytest.mark.parametrize(
     ("spoil", "arguments", "told"),
     [

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
 from masklr.callbacks.recording import run_folder
-from masklr.checkpoints import link
+from masklr.checkpoints import link, sweep
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,7 @@ class RunCheckpoint(Checkpoint):
         """Give the checkpoint of this step its names, which a run that was killed may not have done."""
         path = self.folder / f"step={trainer.global_step:08d}.ckpt"
         if trainer.is_global_zero and path.exists():
+            sweep(self.folder)
             self._name(path, trainer.global_step)
             self._prune()
 

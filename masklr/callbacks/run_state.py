@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from masklr import __version__
 from masklr.callbacks.recording import run_folder
-from masklr.checkpoints import step_of
+from masklr.checkpoints import step_of, sweep
 
 STATE = "masklr"
 
@@ -89,9 +89,12 @@ def pending_metrics(trainer: pl.Trainer) -> tuple[int, dict[str, float]] | None:
 
 
 def remove_later(folder: Path, step: int) -> None:
-    """Remove spectra and pictures of steps that a resumed run has yet to take: it may take them another way."""
-    for kind in ("spectra", "pictures"):
-        for path in (folder / kind).glob("*/step=*"):
+    """Remove what a resumed run writes again, maybe in another way: spectra and pictures of later steps, half a file."""
+    for kept in [folder, *folder.glob("spectra/*/"), *folder.glob("pictures/*/")]:
+        sweep(kept)
+        if kept == folder:
+            continue
+        for path in kept.glob("step=*"):
             if step_of(path) > step:
                 path.unlink(missing_ok=True)
 
