@@ -89,7 +89,7 @@ def pending_metrics(trainer: pl.Trainer) -> tuple[int, dict[str, float]] | None:
 
 
 def remove_later(folder: Path, step: int) -> None:
-    """Remove what a resumed run writes again, maybe in another way: spectra and pictures of later steps, half a file."""
+    """Remove what a resumed run writes again, maybe otherwise: spectra and pictures of later steps, half a file."""
     for kept in [folder, *folder.glob("spectra/*/"), *folder.glob("pictures/*/")]:
         sweep(kept)
         if kept == folder:
