@@ -54,6 +54,10 @@ class NonFinite(pl.Callback):
         """Go on counting."""
         self.skipped = state_dict["skipped"]
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find the folder, which takes all processes."""
+        self.folder = run_folder(trainer) / "nonfinite"
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Nothing was seen yet."""
         self._on_cpu = pl_module.device.type == "cpu"
@@ -144,7 +148,7 @@ class NonFinite(pl.Callback):
         if samples is not None and rows is not None:
             samples = samples[rows.to(samples.device)]
         rank = f".{trainer.global_rank}" if trainer.world_size > 1 else ""
-        path = run_folder(trainer) / "nonfinite" / f"step={step:08d}{rank}.pt"
+        path = self.folder / f"step={step:08d}{rank}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"batch": batch, "step": step, "seed": int(first["seed"]), "place": place}, path)
         where = "" if samples is None else f", in {listed(samples.tolist())} of the training split"

@@ -31,6 +31,10 @@ class RunState(pl.Callback):
         self.changed = changed
         self._restored: dict[str, Any] | None = None
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find the folder, which takes all processes."""
+        self.folder = run_folder(trainer)
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -63,7 +67,7 @@ class RunState(pl.Callback):
             reapply_options(trainer, pl_module)
         if not trainer.is_global_zero:
             return
-        remove_later(run_folder(trainer), trainer.global_step)
+        remove_later(self.folder, trainer.global_step)
         for logger in trainer.loggers:
             if hasattr(logger, "keep_rows"):
                 logger.keep_rows(restored["metrics_rows"])
