@@ -62,9 +62,9 @@ def sentence(message: str, known: list[str], arguments: list[str]) -> str:
 
 def _innermost(message: str) -> str:
     """Of a list of reasons why no alternative fits, the first: the others are `null` and the like."""
-    lead = re.match(r'Parser key "[^"]*": ', message)
+    lead = re.match(r'Parser key "[^"]*":', message)
     reasons = re.findall(r"^\s*- (?!Does not validate|Expected a <class 'NoneType'>)(.*)$", message, re.MULTILINE)
-    return (lead[0] if lead else "") + reasons[0] if reasons else message
+    return (f"{lead[0]} " if lead else "") + reasons[0] if reasons else message
 
 
 def _recipes(arguments: list[str]) -> list[Any]:
