@@ -195,7 +195,10 @@ class _Rows(ExperimentWriter):
         self.save()
         rows = self._read()[:count]
         if len(rows) < count:
-            log.warning("%s has %d rows, %d fewer than when the checkpoint was written.", self._path, len(rows), count)
+            missing = count - len(rows)
+            log.warning(
+                "%s has %d rows, %d fewer than when the checkpoint was written.", self._path, len(rows), missing
+            )
         self.num_rows = len(rows)
         if self._path.exists():
             self.metrics_keys = sorted({key for row in rows for key, value in row.items() if value})
