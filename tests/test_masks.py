@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from masklr.masks import (
+    LONG_MASK,
     NUM_BLOCKS,
     _first_cover,
     _torch_int16,
@@ -314,3 +315,18 @@ def test_a_split_never_waits_for_a_value_from_the_device(strategy):
 def test_unknown_strategy_raises():
     with pytest.raises(Exception, match="strategy"):
         patch_split(1, (4, 4), 0.5, strategy="diagonal")
+
+
+@pytest.mark.parametrize("count", [4 * LONG_MASK - 5, 4 * LONG_MASK, 8 * LONG_MASK + 3])
+def test_long_masks_do_not_depend_on_the_number_of_threads_and_their_halves_differ(count):
+    one = weight_keep((count,), 0.3, seed=5)
+    torch.set_num_threads(2)
+    try:
+        two = weight_keep((count,), 0.3, seed=5)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(one, two)
+    assert abs(one.double().mean() - kept_share(0.3)) < 5 * (0.21 / count) ** 0.5
+    first, second = one[: count // 2].double(), one[-(count // 2) :].double()
+    covariance = ((first - first.mean()) * (second - second.mean())).mean()
+    assert abs(covariance) < 5 * 0.21 / (count // 2) ** 0.5

@@ -8,15 +8,14 @@ from torch import Tensor, nn
 
 from masklr.layers import compiled_masks
 from masklr.layers.sample_masks import SampleConv2d, SampleLinear, batch_keep, new_seed
-from masklr.masks import kept_share
+from masklr.masks import check_probability, kept_share
 
 Per = Literal["batch", "sample"]
 
 
 def check_dropconnect(p: float, per: str) -> None:
     """Raise the ValueError of a wrong `p` or `per`."""
-    if not 0 <= p < 1:
-        raise ValueError(f"Expected `p` in [0, 1), got {p}.")
+    check_probability(p)
     if per not in ("batch", "sample"):
         raise ValueError(f"Expected `per` to be batch or sample, got {per!r}.")
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from masklr.layers.dropconnect import DropConnectConv2d, DropConnectLinear, Per, check_dropconnect
 from masklr.layers.groups import GroupDropout, drop_path, group_dropout
 from masklr.layers.low_rank import LowRankConv2d, LowRankLinear
+from masklr.masks import check_probability
 
 
 class Original(NamedTuple):
@@ -174,8 +175,7 @@ class Dropout(MaskFactory):
     """
 
     def __init__(self, p: float = 0.5) -> None:
-        if not 0 <= p < 1:
-            raise ValueError(f"Expected `p` in [0, 1), got {p}.")
+        check_probability(p)
         self.p = p
 
     def masked(self, x: Tensor, p: float) -> Tensor:
@@ -205,8 +205,7 @@ class DropPath(MaskFactory):
     """
 
     def __init__(self, p: float) -> None:
-        if not 0 <= p < 1:
-            raise ValueError(f"Expected `p` in [0, 1), got {p}.")
+        check_probability(p)
         self.p = p
 
     def masked(self, x: Tensor, p: float) -> Tensor:

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from masklr.masks import unit_keep
+from masklr.masks import check_probability, unit_keep
 
 
 class GroupDropout(nn.Module):
@@ -34,8 +34,7 @@ class GroupDropout(nn.Module):
     """
 
     def __init__(self, p: float, group_size: int, dim: int = -1) -> None:
-        if not 0 <= p < 1:
-            raise ValueError(f"Expected `p` in [0, 1), got {p}.")
+        check_probability(p)
         if group_size < 1:
             raise ValueError(f"Expected `group_size` of at least 1, got {group_size}.")
         super().__init__()
@@ -54,7 +53,10 @@ def group_dropout(x: Tensor, p: float, group_size: int, dim: int = -1) -> Tensor
     """What `GroupDropout` does in training, as a function."""
     channels = x.shape[dim]
     if channels % group_size:
-        raise ValueError(f"Expected `group_size` to divide {channels} channels of axis {dim}, got {group_size}.")
+        raise ValueError(
+            f"Expected `group_size` to divide the size {channels} of axis {dim} of an input {tuple(x.shape)}, got "
+            f"{group_size}; channels of convolutions lie along `dim` 1."
+        )
     if p == 0:
         return x
     grouped = x.unflatten(dim, (channels // group_size, group_size))

@@ -170,6 +170,8 @@ def _chosen(layers: Mapping[str, nn.Module], masks: Mapping[str, LayerFactory]) 
     chosen: dict[str, LayerFactory] = {}
     pattern_of: dict[int, str] = {}
     for pattern, factory in masks.items():
+        if not isinstance(factory, LayerFactory):
+            raise ValueError(f"Expected factories such as `Dropout(0.1)` in `masks`, got {factory!r} at {pattern!r}.")
         for name in matching(layers, [pattern], "masks"):
             other = pattern_of.setdefault(id(layers[name]), pattern)
             if other != pattern:

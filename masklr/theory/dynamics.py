@@ -18,7 +18,7 @@ def saxe_mode(
 
     for the loss :math:`\frac{1}{2} \|Y - U V^T\|_F^2` and factors that start aligned with the singular vectors of Y:
     large values are learned first, each after a time of about `log(s / sigma0) / (2 s)`. A loss without the factor 1/2,
-    as elsewhere in this room, runs twice as fast. A value s of 0 decays as `sigma0 / (1 + 2 sigma0 t)`.
+    as elsewhere in `masklr.theory`, runs twice as fast. A value s of 0 decays as `sigma0 / (1 + 2 sigma0 t)`.
 
     Args:
         s: Singular values of the target, at least 0. The three arguments broadcast.
