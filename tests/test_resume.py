@@ -108,10 +108,10 @@ def interrupted(runs: tuple[Path, dict[str, Path]], tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------ exactness
 
 
-# Where: in the first epoch; after a validation; when an epoch ends; before and after the last checkpoint.
+# Where: in the first epoch, with metrics about to be logged; after a validation; when an epoch ends; before and after the last checkpoint.
 @pytest.mark.parametrize(
     "moment",
-    ["after_step=00000001", "after_step=00000003", "before_step=00000005", "before_step=00000009",
+    ["after_step=00000002", "after_step=00000003", "before_step=00000005", "before_step=00000009",
      "after_step=00000009"],
 )  # fmt: skip
 def test_resumed_run_is_bitwise_the_uninterrupted_one(moment: str, runs, faults: ModuleType, tmp_path: Path) -> None:
