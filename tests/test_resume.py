@@ -108,7 +108,7 @@ def interrupted(runs: tuple[Path, dict[str, Path]], tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------ exactness
 
 
-# Where: in the first epoch, with metrics about to be logged; after a validation; when an epoch ends; before and after the last checkpoint.
+# Before the log of a step; after a validation; when an epoch ends; before and after the last checkpoint.
 @pytest.mark.parametrize(
     "moment",
     ["after_step=00000002", "after_step=00000003", "before_step=00000005", "before_step=00000009",
