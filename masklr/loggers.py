@@ -14,6 +14,7 @@ from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 
 from masklr.callbacks.recording import written_whole
+from masklr.processes import start_of
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class RunLock:
         self.owner = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "started": _start_of(os.getpid()),
+            "started": start_of(os.getpid()),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
         mine = self.path.with_name(f".run.lock.{os.getpid()}")
@@ -114,21 +115,11 @@ class RunLock:
             pass
         # A number can be given again to another process, which then began at another time. Where the kernel does not
         # say when, both are None.
-        return _start_of(pid) == other.get("started")
+        return start_of(pid) == other.get("started")
 
     def release(self) -> None:
         """Give the folder back."""
         self.path.unlink(missing_ok=True)
-
-
-def _start_of(pid: int) -> str | None:
-    """When a process began, in the kernel's clock; None for one that has ended, or where the kernel does not say."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        # A zombie has ended, but nobody has asked for its exit code, as in a container without an init process.
-        return None if fields[0] == "Z" else fields[19]
-    except (OSError, IndexError):
-        return None
 
 
 class MetricsCSV(CSVLogger):

@@ -18,8 +18,10 @@ from pytorch_lightning.plugins.io import CheckpointIO
 
 import masklr.callbacks
 import masklr.data
+import masklr.strategies
 import masklr.tasks  # noqa: F401 (imported so that recipes can use short class names)
-from masklr.callbacks import NonFinite, RunCheckpoint, RunState, StepProgress, StepSeed, StepTiming
+from masklr.callbacks import NonFinite, Peers, RunCheckpoint, RunState, StepProgress, StepSeed, StepTiming
+from masklr.callbacks.peers import is_loss_of_a_peer
 from masklr.callbacks.predictions import PredictionWriter
 from masklr.callbacks.recording import written_whole
 from masklr.checkpoints import WholeCheckpointIO
@@ -138,7 +140,7 @@ class RecipeCLI(LightningCLI):
             callbacks.append(StepSeed())
         if self._command == "fit" and not any(issubclass(kind, NonFinite) for kind in given):
             callbacks.insert(0, NonFinite())
-        callbacks.append(StepTiming())
+        callbacks += [StepTiming(), Peers()]
         if trainer.enable_progress_bar is not False and not any(issubclass(kind, ProgressBar) for kind in given):
             callbacks.append(StepProgress())
         if self._command != "fit":
@@ -173,12 +175,18 @@ def run(arguments: list[str]) -> Path:
     cli = RecipeCLI.__new__(RecipeCLI)
     try:
         cli.__init__(arguments)  # type: ignore[misc]
-    except BaseException:
+    except BaseException as error:
         _finish_wandb(exit_code=2)
         folder, trainer = getattr(cli, "run_folder", None), getattr(cli, "trainer", None)
         fresh = getattr(cli, "resumed", None) is None and (trainer is None or trainer.global_step == 0)
         if fresh and folder is not None and folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
+        if is_loss_of_a_peer(error):
+            hint = "" if fresh else f"; to go on: masklr fit --resume {folder}"
+            raise ConnectionError(
+                "Expected all processes of the run to go on, but one has ended, or has kept the others waiting for "
+                f"longer than the strategy's `timeout`{hint}."
+            ) from error
         raise
     finally:
         if (lock := getattr(cli, "lock", None)) is not None:

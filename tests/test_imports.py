@@ -29,7 +29,9 @@ MAY_IMPORT = {
     "data": set(),
     "optim": set(),
     "checkpoints": set(),
-    "loggers": {"callbacks.recording"},
+    "processes": set(),
+    "strategies": {"checkpoints"},
+    "loggers": {"callbacks.recording", "processes"},
     "summary": set(),
     "names": set(),
     "command_parser": set(),
@@ -43,6 +45,7 @@ MAY_IMPORT = {
     "tasks": {"theory", "masks", "layers", "optim", "adapters", "uniformity"},
     "callbacks": {
         "checkpoints",
+        "processes",
         "spectra",
         "moments",
         "matrices",

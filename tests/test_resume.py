@@ -359,12 +359,12 @@ def test_failing_resumed_run_keeps_its_folder(interrupted: Path, capsys: pytest.
 
 
 def lock(run: Path, **owner: object) -> Path:
-    from masklr.loggers import _start_of
+    from masklr.processes import start_of
 
     pid = owner.get("pid", os.getppid())
     path = run / "run.lock"
     path.write_text(
-        json.dumps({"pid": pid, "host": os.uname().nodename, "started": _start_of(pid), "slurm_job": None, **owner})
+        json.dumps({"pid": pid, "host": os.uname().nodename, "started": start_of(pid), "slurm_job": None, **owner})
     )
     return path
 

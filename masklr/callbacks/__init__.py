@@ -5,6 +5,7 @@ from masklr.callbacks.gradient_spectrum import GradientSpectrum
 from masklr.callbacks.induced_penalty import InducedPenalty
 from masklr.callbacks.mask_schedule import MaskSchedule
 from masklr.callbacks.nonfinite import NonFinite
+from masklr.callbacks.peers import Peers
 from masklr.callbacks.probe import Probe
 from masklr.callbacks.reconstructions import Reconstructions
 from masklr.callbacks.representation_spectrum import RepresentationSpectrum
@@ -22,6 +23,7 @@ __all__ = [
     "InducedPenalty",
     "MaskSchedule",
     "NonFinite",
+    "Peers",
     "Probe",
     "Reconstructions",
     "RepresentationSpectrum",

@@ -48,16 +48,18 @@ class Reconstructions(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Draw the first images of the first batch."""
-        if batch_idx > 0 or dataloader_idx > 0 or not first_validation_counts(trainer) or not trainer.is_global_zero:
+        if batch_idx > 0 or dataloader_idx > 0 or not first_validation_counts(trainer):
             return
         step = trainer.global_step
         with self._recording.measurement(), evaluation(trainer, pl_module):
             images = element(batch, self.inputs, "inputs")[: self.num_images]
+            # On every process, since weights may be sharded.
             visible, reconstruction = pl_module.reconstruct(images)  # type: ignore[operator]
-            original = images / 255 if images.dtype == torch.uint8 else images
-            self._recording.picture(
-                step, figure_of({"original": original, "visible": visible, "reconstruction": reconstruction}, step)
-            )
+            if trainer.is_global_zero:
+                original = images / 255 if images.dtype == torch.uint8 else images
+                self._recording.picture(
+                    step, figure_of({"original": original, "visible": visible, "reconstruction": reconstruction}, step)
+                )
         self._recording.scalars(step, {})
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from masklr.callbacks.recording import run_folder
 from masklr.checkpoints import link, sweep
@@ -139,7 +140,7 @@ class RunCheckpoint(Checkpoint):
         step = trainer.global_step
         if step != self._last_step:
             path = self.folder / f"step={step:08d}.ckpt"
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             if trainer.is_global_zero:
                 self._name(path, step)
                 self._prune()
@@ -178,7 +179,9 @@ class RunCheckpoint(Checkpoint):
             print(f"masklr: {name} at step {trainer.global_step}; to go on: masklr fit --resume {self.folder.parent}")
             if number == signal.SIGUSR1:
                 requeue()
-        raise SystemExit(128 + number)
+        # Lightning kills the run as soon as one of the processes that it started itself ends with another code than 0.
+        launched = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
+        raise SystemExit(0 if launched and not trainer.is_global_zero else 128 + number)
 
 
 def is_resumable(trainer: pl.Trainer) -> bool:

@@ -1,0 +1,55 @@
+"""The processes of one run end together."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.distributed import DistError
+
+from masklr.processes import start_of
+
+
+class Peers(pl.Callback):
+    """End every process of a run when one has been killed or stands still, where Lightning started them.
+
+    A process learns at once that another was killed, and that one stands still after the strategy's `timeout`; it then
+    fails. One that stands still (stopped, or waiting for a dead disk) can do nothing, whichever rank it has: a small
+    process that rank 0 starts watches all those on its machine and kills what is left five seconds after the first has
+    ended. `torchrun` and `srun --kill-on-bad-exit=1` do the same for the processes that they start.
+    """
+
+    def __init__(self) -> None:
+        self._watcher: subprocess.Popen[bytes] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin to watch."""
+        started = getattr(trainer.strategy.launcher, "procs", None)
+        if not started or self._watcher is not None:
+            return
+        starts = {pid: start_of(pid) for pid in (os.getpid(), *(process.pid for process in started))}
+        if None not in starts.values():
+            command = [sys.executable, "-m", "masklr.processes", *(f"{pid}:{start}" for pid, start in starts.items())]
+            self._watcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Nobody waits for another from here on: each process may end when it likes."""
+        self._stop_watching()
+        trainer.strategy.barrier("masklr.callbacks.Peers")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Processes that end at a signal have agreed on it; otherwise the watcher is needed now."""
+        if isinstance(exception, SystemExit):
+            self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        if self._watcher is not None:
+            self._watcher.kill()
+            self._watcher.wait()
+            self._watcher = None
+
+
+def is_loss_of_a_peer(error: Any) -> bool:
+    """Whether an error says that another process has ended or did not answer in time."""
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
