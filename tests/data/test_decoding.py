@@ -1,3 +1,5 @@
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -20,9 +22,10 @@ def test_every_kind_is_decoded_to_the_wanted_channels(made, kind, in_chans):
 
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_pillow_decodes_to_the_same_pixels(made, in_chans):
-    data = bytearray(made.encoded(made.pixels(3, height=20, width=28)))
-    difference = by_pillow(data, in_chans).int() - decoded_image(data, in_chans, "a").int()
-    assert difference.abs().max() <= 1
+    for kind, operator in (("PNG", torch.ops.image.decode_png), ("JPEG", torch.ops.image.decode_jpeg)):
+        data = bytearray(made.encoded(made.pixels(3, height=20, width=28), kind))
+        expected = operator(torch.frombuffer(data, dtype=torch.uint8), in_chans, False)
+        assert (by_pillow(data, in_chans).int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
@@ -38,6 +41,28 @@ def test_cut_off_files_are_errors_that_name_the_sample(made, kind, share):
         decoded_image(bytearray(data[: int(share * len(data))]), 3, "here")
     assert "\n" not in str(error.value)
     assert ".cpp" not in str(error.value)
+
+
+def test_any_byte_of_a_png_that_is_another_is_an_error_and_no_crash(made):
+    data = made.encoded(made.pixels(3))
+    for place in range(len(data)):
+        spoiled = bytearray(data)
+        spoiled[place] ^= 16
+        with pytest.raises(SampleError, match=r"^here: "):
+            decoded_image(spoiled, 3, "here")
+
+
+def test_images_of_too_many_pixels_are_refused_before_they_take_memory(made):
+    data = bytearray(made.encoded(made.pixels(1), "JPEG"))
+    place = data.index(b"\xff\xc0") + 5
+    data[place : place + 4] = b"\xff\xff\xff\xff"
+    with pytest.raises(SampleError, match=r"here: an image of 65535 x 65535 pixels is refused; at most 178,956,970 are"):
+        decoded_image(data, 3, "here")
+    data = bytearray(made.encoded(np.zeros((8, 8), dtype=np.uint8)))
+    data[16:24] = (60_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    with pytest.raises(SampleError, match=r"here: .*3600000000 pixels"):
+        decoded_image(data, 3, "here")
 
 
 def test_cmyk_and_16_bit_images_are_refused(made):
