@@ -6,6 +6,9 @@ Three networks are trained with dropout to 95 % training accuracy: MLPs 64-256-2
 vision transformer (width 64, depth 4, 4 heads, patch 2) with dropout after its projections. The penalty is that of all
 masks together on the first 512 images. Exits with 1 where full curvature or symmetric pairs are more than 10 % from the
 mean over 2,000 real masks.
+
+`--lr 1e-3` shows where second order ends: a constant rate as high as that leaves a transformer, with some seeds (0 is
+one), where the loss bends within the reach of one dropped unit, and full curvature then sees 75 % of the penalty.
 """
 
 import argparse
@@ -52,17 +55,18 @@ def vision_transformer(p: float) -> nn.Module:
     return model
 
 
-NETWORKS: dict[str, Callable[[float], nn.Module]] = {
-    "MLP, ReLU": lambda p: MLP([64, 256, 256, 10], activation="relu", p=p),
-    "MLP, GELU": lambda p: MLP([64, 256, 256, 10], activation="gelu", p=p),
-    "ViT": vision_transformer,
+# Each network and its learning rate.
+NETWORKS: dict[str, tuple[Callable[[float], nn.Module], float]] = {
+    "MLP, ReLU": (lambda p: MLP([64, 256, 256, 10], activation="relu", p=p), 1e-3),
+    "MLP, GELU": (lambda p: MLP([64, 256, 256, 10], activation="gelu", p=p), 1e-3),
+    "ViT": (vision_transformer, 3e-4),
 }
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> None:
+def train(model: nn.Module, images: Tensor, labels: Tensor, seed: int, lr: float) -> None:
     """To 95 % training accuracy, with masks."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr)
     accuracy = 0.0
     while accuracy < 0.95:
         model.train()
@@ -82,16 +86,19 @@ def main() -> int:
     parser.add_argument("--masks", type=int, default=2000, help="real masks")
     parser.add_argument("--probes", type=int, default=128, help="probes of the full curvature")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, help="learning rate of all; default: 1e-3 for MLPs, 3e-4 for the ViT")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
     options = parser.parse_args()
     images, labels = digits()
     print(f"p = {options.p}, 512 images, all masks together; in brackets half the width of the 95 % interval")
     print(f"{'':12}{'Gauss-Newton':>14}{'full curvature':>24}{'symmetric pairs':>24}{'real masks':>24}{'seconds':>9}")
     short = []
-    for name, make in NETWORKS.items():
+    for name in options.networks:
+        make, lr = NETWORKS[name]
         began = time.perf_counter()
         torch.manual_seed(options.seed)
         model = make(options.p)
-        train(model, images, labels, options.seed)
+        train(model, images, labels, options.seed, options.lr or lr)
         penalties, sites = Penalties(model, [(images[:512], labels[:512])]), find_sites(model)
         newton = sum(penalties.gauss_newton(sites, draws=0).values())
         found = {
