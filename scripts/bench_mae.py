@@ -1,116 +1,368 @@
-"""Time a training step of the masked autoencoder beside transformers' ViTMAEForPreTraining, at the same sizes.
+"""Time a training step of the masked autoencoder beside those of transformers and lightly, at three shapes.
 
     pip install 'masklr[bench]' && python scripts/bench_mae.py
+    python scripts/bench_mae.py --shapes b --sides 'masklr bf16' 'transformers bf16' --steps 9
 
-Both sides run in one process, alternating, on the same images, with the same optimizer; the medians and the median of
-the step-by-step ratios are printed. Exits with 1 if masklr is slower in float32 or in bf16.
+A step is forward, backward and AdamW, masks drawn anew. All sides of a shape run in one process, in turns, warm, on
+the same images; seconds are medians, ratios are taken round by round. GFLOP are those of the matrix products; their
+share of the peak is that of two 2,048 x 2,048 matrices (8,192 on a GPU) multiplied between the rounds, in the same
+precision. Peak memory is what weights, optimizer and steps add to a process of their own that has imported all it needs
+(Linux; on a GPU, what torch's allocator counts). Sides in bf16 run under autocast, with float32 weights.
+
+Exits with 1 if a line falls short: in bf16 masklr is to lead the fastest peer by a factor (shapes a and b 1.6, c 1.3),
+in fp32 not to be slower (beyond the interval), in neither to need more memory than the thriftiest peer, and a cross
+decoder that predicts a quarter of the masked patches is to be 1.6 times as fast as the full one. Needs an idle machine.
 """
 
 import argparse
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from masklr.models import MaskedAutoencoder
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a masked autoencoder, and of its batch."""
+
+    image: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    decoder_width: int
+    decoder_depth: int
+    decoder_heads: int
+    batch: int
+    lead: float  # least factor by which masklr in bf16 leads the fastest peer
 
 
-def masklr_model(width: int, depth: int, heads: int, decoder_depth: int, image: int, patch: int) -> nn.Module:
-    """Masklr's side."""
-    return MaskedAutoencoder(
-        image_size=image,
-        patch_size=patch,
-        encoder_args={"embed_dim": width, "depth": depth, "num_heads": heads},
-        decoder_dim=width,
-        decoder_depth=decoder_depth,
-        decoder_heads=heads,
-    )
+SHAPES = {
+    "a": Shape(32, 2, 192, 12, 3, 192, 4, 3, batch=128, lead=1.6),
+    "b": Shape(32, 4, 192, 12, 3, 192, 4, 3, batch=256, lead=1.6),
+    "c": Shape(224, 16, 768, 12, 12, 512, 8, 16, batch=16, lead=1.3),
+}
+CROSS_LEAD = 1.6
+# Side: what makes its model, whether it runs in bf16, whether compiled. Sides of one maker share its model.
+SIDES = {
+    "masklr fp32": ("masklr", False, False),
+    "masklr bf16": ("masklr", True, False),
+    "masklr bf16 compiled": ("masklr", True, True),
+    "masklr bf16 cross": ("cross", True, False),
+    "transformers fp32": ("transformers", False, False),
+    "transformers bf16": ("transformers", True, False),
+    "lightly fp32": ("lightly", False, False),
+    "lightly bf16": ("lightly", True, False),
+}
+PEERS = ("transformers", "lightly")
 
 
-def transformers_model(width: int, depth: int, heads: int, decoder_depth: int, image: int, patch: int) -> nn.Module:
-    """The peer's side."""
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+class Masklr(nn.Module):
+    """masklr's model; masks are drawn outside, as `masklr.tasks.Pretraining` does, which keeps graphs whole."""
 
-    return ViTMAEForPreTraining(
-        ViTMAEConfig(
-            image_size=image,
-            patch_size=patch,
-            hidden_size=width,
-            num_hidden_layers=depth,
-            num_attention_heads=heads,
-            intermediate_size=4 * width,
-            decoder_hidden_size=width,
-            decoder_num_hidden_layers=decoder_depth,
-            decoder_num_attention_heads=heads,
-            decoder_intermediate_size=4 * width,
+    def __init__(self, shape: Shape, **options: Any) -> None:
+        super().__init__()
+        from masklr.models import MaskedAutoencoder
+
+        self.mae = MaskedAutoencoder(
+            image_size=shape.image,
+            patch_size=shape.patch,
+            encoder_args={"embed_dim": shape.width, "depth": shape.depth, "num_heads": shape.heads},
+            decoder_dim=shape.decoder_width,
+            decoder_depth=shape.decoder_depth,
+            decoder_heads=shape.decoder_heads,
+            **options,
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The loss."""
+        return self.mae(images, self.mae.draw_split(len(images), device=images.device)).loss
+
+
+class Transformers(nn.Module):
+    """The model of Hugging Face transformers."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+        config = ViTMAEConfig(
+            image_size=shape.image,
+            patch_size=shape.patch,
+            hidden_size=shape.width,
+            num_hidden_layers=shape.depth,
+            num_attention_heads=shape.heads,
+            intermediate_size=4 * shape.width,
+            decoder_hidden_size=shape.decoder_width,
+            decoder_num_hidden_layers=shape.decoder_depth,
+            decoder_num_attention_heads=shape.decoder_heads,
+            decoder_intermediate_size=4 * shape.decoder_width,
             mask_ratio=0.75,
             norm_pix_loss=True,
         )
-    )
+        self.mae = ViTMAEForPreTraining(config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The loss."""
+        return self.mae(images).loss
 
 
-def training_step(model: nn.Module, images: Tensor, bf16: bool) -> Callable[[], None]:
-    """One step: forward, backward, AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    model.train()
+class Lightly(nn.Module):
+    """The masked autoencoder of lightly's documentation, of its modules around timm, with its pixels normalized too."""
 
-    def step() -> None:
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16):
-            loss = model(images).loss
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        import timm
+        from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+
+        vit = timm.create_model(
+            "vit_tiny_patch16_224",
+            img_size=shape.image,
+            patch_size=shape.patch,
+            embed_dim=shape.width,
+            depth=shape.depth,
+            num_heads=shape.heads,
+            num_classes=0,
+        )
+        self.patch = shape.patch
+        self.encoder = MaskedVisionTransformerTIMM(vit=vit)
+        self.decoder = MAEDecoderTIMM(
+            num_patches=vit.patch_embed.num_patches,
+            patch_size=shape.patch,
+            embed_dim=shape.width,
+            decoder_embed_dim=shape.decoder_width,
+            decoder_depth=shape.decoder_depth,
+            decoder_num_heads=shape.decoder_heads,
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The loss."""
+        from lightly.models import utils
+
+        size = (len(images), self.encoder.sequence_length)
+        keep, masked = utils.random_token_mask(size, mask_ratio=0.75, device=images.device)
+        encoded = self.decoder.embed(self.encoder.encode(images, idx_keep=keep))
+        tokens = utils.repeat_token(self.decoder.mask_token, size)
+        tokens = utils.set_at_index(tokens, keep, encoded.type_as(tokens))
+        predicted = self.decoder.predict(utils.get_at_index(self.decoder.decode(tokens), masked))
+        target = utils.normalize_mean_var(utils.get_at_index(utils.patchify(images, self.patch), masked - 1))
+        return nn.functional.mse_loss(predicted, target)
+
+
+MAKERS: dict[str, Callable[[Shape], nn.Module]] = {
+    "masklr": Masklr,
+    "cross": lambda shape: Masklr(shape, decoder="cross", prediction_ratio=0.25),
+    "transformers": Transformers,
+    "lightly": Lightly,
+}
+
+
+class Steps:
+    """Training steps of one model, in either precision."""
+
+    def __init__(self, maker: str, shape: Shape, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.model = MAKERS[maker](shape).to(device).train()
+        self.compiled: Any = None
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.images = torch.randn(shape.batch, 3, shape.image, shape.image, device=device)
+
+    def step(self, bf16: bool, compiled: bool = False) -> None:
+        """Forward, backward, AdamW."""
+        if compiled and self.compiled is None:
+            self.compiled = torch.compile(self.model)
+        model = self.compiled if compiled else self.model
+        with torch.autocast(self.images.device.type, dtype=torch.bfloat16, enabled=bf16):
+            loss = model(self.images)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if images.device.type == "cuda":
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.images.device.type == "cuda":
             torch.cuda.synchronize()
 
-    return step
+    def gflop(self) -> float:
+        """Matrix products of a step, in 10^9 operations; attention counted as the products that define it."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+            self.step(bf16=False)
+        return counted.get_total_flops() / 1e9
 
 
-def seconds(step: Callable[[], None]) -> float:
+def seconds(run: Callable[[], None]) -> float:
     """Wall-clock time of a call."""
     began = time.perf_counter()
-    step()
+    run()
     return time.perf_counter() - began
 
 
+def product(device: torch.device, bf16: bool) -> Callable[[], None]:
+    """One product of two square matrices."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device).to(torch.bfloat16 if bf16 else torch.float32)
+
+    def run() -> None:
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    run()
+    return run
+
+
+def ratio_interval(above: list[float], below: list[float]) -> tuple[float, float, float]:
+    """Median of the rounds' ratios, and its 95 % interval from order statistics (binomial of 1/2, approximated)."""
+    ratios = sorted(a / b for a, b in zip(above, below, strict=True))
+    count, reach = len(ratios), 0.98 * len(ratios) ** 0.5
+    low, high = ratios[max(0, int(count / 2 - reach))], ratios[min(count - 1, int(count / 2 + reach))]
+    return statistics.median(ratios), low, high
+
+
+def peak_memory(side: str, shape: Shape, device: torch.device) -> float:
+    """MiB that model, optimizer and three steps add at their peak to this process."""
+    maker, bf16, compiled = SIDES[side]
+    small = Shape(8, 4, 16, 1, 1, 16, 1, 1, batch=2, lead=0)
+    Steps(maker, small, device).step(bf16)  # imports, and what libraries allocate once
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+    else:
+        # The kernel's high-water mark of resident memory, set back first. `ru_maxrss` is no use: a child inherits it.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident_mark()
+    steps = Steps(maker, shape, device)
+    for _ in range(3):
+        steps.step(bf16, compiled)
+    return (torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident_mark()) - before
+
+
+def resident_mark() -> float:
+    """The highest resident memory of this process so far, in MiB (Linux)."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) / 1024
+
+
+def hardware(device: torch.device) -> str:
+    """Name of the processor or GPU, and torch's version."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE))
+        if "model name" in found:
+            name = f"{found['model name']} (family {found['cpu family']}, model {found['model']})"
+    return f"{torch.get_num_threads()} CPU threads, {name}, torch {torch.__version__}"
+
+
+Judged = tuple[str, str, bool]
+
+
+def judged_times(times: dict[str, list[float]], shape: Shape) -> list[Judged]:
+    """What is compared, the measured factor, and whether it is within its limit."""
+    lines = []
+    for precision, limit in (("bf16", shape.lead), ("fp32", 1.0)):
+        own = f"masklr {precision}"
+        peers = [side for peer in PEERS if (side := f"{peer} {precision}") in times]
+        if own in times and peers:
+            fastest = min(peers, key=lambda side: statistics.median(times[side]))
+            middle, low, high = ratio_interval(times[fastest], times[own])
+            # In fp32 matrix products bound both sides: not to be slower is all that is asked.
+            good = middle >= limit if precision == "bf16" else high >= limit
+            lines.append((f"{own} against {fastest}", f"{middle:.2f} [{low:.2f}, {high:.2f}]  least {limit:.2f}", good))
+    if {"masklr bf16", "masklr bf16 cross"} <= times.keys():
+        middle, low, high = ratio_interval(times["masklr bf16"], times["masklr bf16 cross"])
+        shown = f"{middle:.2f} [{low:.2f}, {high:.2f}]  least {CROSS_LEAD:.2f}"
+        lines.append(("cross decoder against the full one", shown, middle >= CROSS_LEAD))
+    return lines
+
+
+def judged_memory(memory: dict[str, float]) -> list[Judged]:
+    """Memory beside that of the thriftiest peer, and whether it is not more."""
+    lines = []
+    for precision in ("bf16", "fp32"):
+        own = f"masklr {precision}"
+        peers = [side for peer in PEERS if (side := f"{peer} {precision}") in memory]
+        if own in memory and peers:
+            least = min(peers, key=lambda side: memory[side])
+            ratio = memory[own] / memory[least]
+            lines.append((f"memory, {own} against {least}", f"{ratio:.2f}  most 1.00", ratio <= 1))
+    return lines
+
+
+def compare(name: str, options: argparse.Namespace, device: torch.device) -> bool:
+    """Print the table of a shape; whether all its lines are within their limits."""
+    shape = SHAPES[name]
+    command = [sys.executable, __file__, "--device", str(device), "--shapes", name, "--memory-of"]
+    memory = {}
+    for side in options.sides if options.memory else []:
+        done = subprocess.run([*command, side], check=True, stdout=subprocess.PIPE, text=True)
+        memory[side] = float(done.stdout)
+    makers: dict[str, Steps] = {}
+    for side in options.sides:
+        makers.setdefault(SIDES[side][0], Steps(SIDES[side][0], shape, device))
+    gflop = {maker: steps.gflop() for maker, steps in makers.items()}
+    products = {bf16: product(device, bf16) for bf16 in (False, True)}
+
+    def one_round() -> tuple[dict[str, float], dict[bool, float]]:
+        times = {}
+        for side in options.sides:
+            maker, bf16, compiled = SIDES[side]
+            times[side] = seconds(lambda: makers[maker].step(bf16, compiled))  # noqa: B023 (called at once)
+        return times, {bf16: min(seconds(run) for _ in range(3)) for bf16, run in products.items()}
+
+    for _ in range(2):
+        one_round()
+    rounds = [one_round() for _ in range(options.steps)]
+    times = {side: [found[side] for found, _ in rounds] for side in options.sides}
+    size = 8192 if device.type == "cuda" else 2048
+    peak = {bf16: 2e-9 * size**3 / statistics.median(found[bf16] for _, found in rounds) for bf16 in products}
+    sizes = f"{shape.image} px, patch {shape.patch}, width {shape.width} x {shape.depth}"
+    sizes += f", decoder {shape.decoder_width} x {shape.decoder_depth}, batch {shape.batch}"
+    print(f"({name}) {sizes}; {options.steps} rounds; peak {peak[False]:.0f} GFLOP/s in fp32, {peak[True]:.0f} in bf16")
+    print(f"{'':24}{'seconds':>10}{'images/s':>12}{'GFLOP':>10}{'% of peak':>12}{'MiB':>10}")
+    for side in options.sides:
+        maker, bf16, _ = SIDES[side]
+        median = statistics.median(times[side])
+        share = 100 * gflop[maker] / median / peak[bf16]
+        line = f"{side:24}{median:10.3f}{shape.batch / median:12.1f}{gflop[maker]:10.0f}{share:12.0f}"
+        print(line + (f"{memory[side]:10.0f}" if side in memory else ""))
+    lines = judged_times(times, shape) + judged_memory(memory)
+    for what, shown, good in lines:
+        print(f"  {what:52}{shown}{'' if good else '  falls short'}")
+    sys.stdout.flush()
+    return all(good for *_, good in lines)
+
+
 def main() -> int:
-    """Print the table; 1 if masklr is slower anywhere."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each side")
-    parser.add_argument("--batch", type=int, default=256, help="images a step")
+    """Print the tables; 1 if a line falls short."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="shapes to run")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="sides to run")
+    parser.add_argument("--steps", type=int, default=7, help="timed steps of each side")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    sizes = {"width": 192, "depth": 12, "heads": 3, "decoder_depth": 4, "image": 32, "patch": 4}
+    if options.steps < 1:
+        parser.error(f"expected `--steps` of at least 1, got {options.steps}")
     device = torch.device(options.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{sizes}, batch {options.batch}, {options.steps} steps")
-    print(f"{name}, {platform.machine()}, torch {torch.__version__}")
-    print(f"{'':10}{'masklr, s':>12}{'transformers, s':>18}{'times faster':>20}{'images/s':>12}")
-    slower = False
-    for precision in ("float32", "bfloat16"):
-        steps = []
-        for make in (masklr_model, transformers_model):
-            torch.manual_seed(0)
-            images = torch.randn(options.batch, 3, sizes["image"], sizes["image"], device=device)
-            steps.append(training_step(make(**sizes).to(device), images, bf16=precision == "bfloat16"))
-        for step in steps * 2:
-            step()
-        pairs = [tuple(seconds(step) for step in steps) for _ in range(options.steps)]
-        ours, peer = (statistics.median(side) for side in zip(*pairs, strict=True))
-        ratios = sorted(theirs / mine for mine, theirs in pairs)
-        # The interval of a median from order statistics: normal approximation of the binomial of 1/2.
-        reach = 0.98 * len(ratios) ** 0.5
-        low = ratios[max(0, int(len(ratios) / 2 - reach))]
-        high = ratios[min(len(ratios) - 1, int(len(ratios) / 2 + reach))]
-        slower |= ours > peer or statistics.median(ratios) < 1
-        shown = f"{statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}]"
-        print(f"{precision:10}{ours:12.3f}{peer:18.3f}{shown:>20}{options.batch / ours:12.0f}")
-    print("masklr is slower" if slower else "masklr is not slower in either")
-    return int(slower)
+    if options.memory_of:
+        print(peak_memory(options.memory_of, SHAPES[options.shapes[0]], device))
+        return 0
+    print(hardware(device))
+    good = [compare(name, options, device) for name in options.shapes]
+    print("no line falls short" if all(good) else "lines fall short")
+    return int(not all(good))
 
 
 if __name__ == "__main__":
