@@ -86,7 +86,8 @@ class WeightSpectrum(pl.Callback):
     @property
     def state_key(self) -> str:
         """Differs between two such callbacks in one trainer."""
-        return f"{type(self).__name__}({self.module!r}, {self.include}, {self.exclude})"
+        chosen = f"{self.module!r}, {self.include}, {self.exclude}, {self.products}, {self.attention_products}"
+        return f"{type(self).__name__}({chosen})"
 
     def state_dict(self) -> dict[str, Any]:
         """The spectra at initialization, which the picture shows in a resumed run too."""

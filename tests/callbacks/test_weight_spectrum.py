@@ -337,3 +337,11 @@ def test_nan_ends_the_run_or_is_left_out(make_classifier, make_trainer, plain_lo
 def test_weighted_without_products_raises():
     with pytest.raises(ValueError, match="Expected `products` to be weighted, got None"):
         WeightSpectrum(weighted=True)
+
+
+def test_callbacks_that_differ_in_their_products_alone_keep_their_states_apart():
+    alone = WeightSpectrum()
+    keys = {
+        c.state_key for c in (alone, WeightSpectrum(products=[["a", "b"]]), WeightSpectrum(attention_products=True))
+    }
+    assert len(keys) == 3 and WeightSpectrum().state_key == alone.state_key
