@@ -340,8 +340,6 @@ def test_weighted_without_products_raises():
 
 
 def test_callbacks_that_differ_in_their_products_alone_keep_their_states_apart():
-    alone = WeightSpectrum()
-    keys = {
-        c.state_key for c in (alone, WeightSpectrum(products=[["a", "b"]]), WeightSpectrum(attention_products=True))
-    }
-    assert len(keys) == 3 and WeightSpectrum().state_key == alone.state_key
+    options = ({}, {"products": [["a", "b"]]}, {"attention_products": True})
+    assert len({WeightSpectrum(**each).state_key for each in options}) == 3
+    assert WeightSpectrum().state_key == WeightSpectrum().state_key
