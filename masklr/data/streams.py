@@ -138,16 +138,36 @@ class StreamBatches(IterableDataset[Batch]):
             past = len(range(turn, seen, num_workers))
             numbered = self._forever(self.rank * num_workers + turn, num_shares, past * self.batch_size)
         else:
-            numbered = self._once(self.rank * num_workers + worker_id, num_shares)
+            for chunk in self._once(self.rank * num_workers + worker_id, num_shares):
+                yield self._decoded(chunk, worker_id)
+            return
         while chunk := list(islice(numbered, self.batch_size)):
             yield self._decoded(chunk, worker_id)
 
-    def _once(self, share: int, num_shares: int) -> Iterator[tuple[int, int, Encoded]]:
+    def _once(self, share: int, num_shares: int) -> Iterator[list[tuple[int, int, Encoded]]]:
+        """Each sample of this share once, in as many batches as every other share has.
+
+        A rank with one batch more than another would wait for it forever where a forward pass has collectives (FSDP).
+        If what is left over at the end has not one sample for each share, it goes into the batches before.
+        """
         # Every share reads every shard, since a sample's position among all is known only by counting.
         samples = (sample for path in self.shards.paths for sample in self.shards.samples(path))
+        held: list[tuple[int, int, Encoded]] = []
+        num_batches, num_samples = 0, 0
         for position, sample in enumerate(samples):
+            num_samples = position + 1
             if position % num_shares == share:
-                yield 0, position, sample
+                held.append((0, position, sample))
+            if num_samples >= (num_batches + 1) * self.batch_size * num_shares + num_shares:  # enough for another batch
+                yield held[: self.batch_size]
+                held, num_batches = held[self.batch_size :], num_batches + 1
+        if num_samples < num_shares and self.num_ranks > 1:
+            raise SampleError(
+                f"{self.shards.paths[0]} and {len(self.shards.paths) - 1} others: fewer samples of the split than "
+                f"ranks x workers ({num_shares}), {num_samples}."
+            )
+        if held:
+            yield held
 
     def _forever(self, share: int, num_shares: int, past: int) -> Iterator[tuple[int, int, Encoded]]:
         lengths: dict[str, int] = {}
