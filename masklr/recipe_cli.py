@@ -15,19 +15,21 @@ from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.plugins.io import CheckpointIO
+from pytorch_lightning.strategies import ModelParallelStrategy
 
 import masklr.callbacks
 import masklr.data
-import masklr.strategies
 import masklr.tasks  # noqa: F401 (imported so that recipes can use short class names)
 from masklr.callbacks import NonFinite, Peers, RunCheckpoint, RunState, StepProgress, StepSeed, StepTiming
 from masklr.callbacks.peers import is_loss_of_a_peer
 from masklr.callbacks.predictions import PredictionWriter
 from masklr.callbacks.recording import written_whole
 from masklr.checkpoints import WholeCheckpointIO
+from masklr.data.loading import ImageData, rank_batch_size
 from masklr.loggers import RunLock, new_run_folder, process_rank, run_loggers
 from masklr.recipe_parser import RecipeParser
 from masklr.resumed_run import ResumedRun, without_resume
+from masklr.strategies import FullyShard
 from masklr.summary import summary
 
 
@@ -157,6 +159,16 @@ class RecipeCLI(LightningCLI):
             # Lightning refuses an accelerator, a precision or a cadence that it does not know.
             raise ValueError(f"`trainer`: {error}") from error
 
+    def before_fit(self) -> None:
+        """Refuse a batch that the processes cannot share before further ones are started."""
+        trainer = self.trainer
+        tensor_parallel = isinstance(trainer.strategy, ModelParallelStrategy) and not isinstance(
+            trainer.strategy, FullyShard
+        )
+        if isinstance(self.datamodule, ImageData) and not tensor_parallel:  # those share the data otherwise
+            num_ranks = trainer.num_devices * trainer.num_nodes
+            rank_batch_size(self.datamodule.batch_size, num_ranks, trainer.accumulate_grad_batches)
+
     def after_fit(self) -> None:
         """Show what the run found."""
         if self.trainer.is_global_zero:
@@ -182,10 +194,9 @@ def run(arguments: list[str]) -> Path:
         if fresh and folder is not None and folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
         if is_loss_of_a_peer(error):
-            hint = "" if fresh else f"; to go on: masklr fit --resume {folder}"
             raise ConnectionError(
                 "Expected all processes of the run to go on, but one has ended, or has kept the others waiting for "
-                f"longer than the strategy's `timeout`{hint}."
+                "longer than the strategy's `timeout`."
             ) from error
         raise
     finally:
