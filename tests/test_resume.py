@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -222,6 +223,23 @@ def test_signal_has_a_checkpoint_written_and_the_run_goes_on_exactly(
     found = faults.differences(runs[0], run)
     # The one before the last is that of the last validation, since this run has no cadence.
     assert [entry for entry in found if ".ckpt is in one run only" not in entry] == []
+
+
+def test_process_that_is_sent_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on(tmp_path: Path) -> None:
+    program = "import sys; from masklr.cli import main; sys.exit(main(sys.argv[1:]))"
+    options = [f"--config={recipe(tmp_path, 3)}", *SHORT, "--trainer.max_steps=100000", f"--runs={tmp_path / 'runs'}"]
+    process = subprocess.Popen([sys.executable, "-c", program, "fit", *options], stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("runs/*/version_0/checkpoints/last.ckpt")):
+        time.sleep(0.05)
+    process.terminate()
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    (run,) = tmp_path.glob("runs/*/version_0")
+    step = read(run / "checkpoints" / "last.ckpt")["global_step"]
+    assert f"masklr: SIGTERM at step {step}; to go on: masklr fit --resume {run}" in told
+    assert checkpoints.newest_sound(run / "checkpoints") == run / "checkpoints" / f"step={step:08d}.ckpt"
+    assert main(["fit", f"--resume={run}", f"--trainer.max_steps={step + 3}"]) == 0
+    assert read(run / "checkpoints" / "last.ckpt")["global_step"] == step + 3
 
 
 # ------------------------------------------------------------------------------------------------- flags and bad input
@@ -470,7 +488,8 @@ def test_slurm_script_asks_for_the_signal_and_resumes_its_own_run(tmp_path: Path
         assert line in text.splitlines()
     # A masklr that says what it was asked for.
     (tmp_path / "bin").mkdir()
-    for name, body in (("srun", 'exec "$@"'), ("masklr", f'echo "$@" >> {tmp_path}/asked')):
+    step = '[ "$1" = --kill-on-bad-exit=1 ] && shift && exec "$@"'  # of one job: a process that fails ends the others
+    for name, body in (("srun", step), ("masklr", f'echo "$@" >> {tmp_path}/asked')):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_NAME": "mae", "SLURM_JOB_ID": "7"}
@@ -488,3 +507,39 @@ def test_slurm_script_asks_for_the_signal_and_resumes_its_own_run(tmp_path: Path
         "fit --config recipe.yaml --name mae_7 --seed_everything=1",
         "fit --resume runs/mae_7/version_1 --seed_everything=1",
     ]
+
+
+@pytest.mark.parametrize("codes", ["1 1 0", "1 1 1 1", "143"])
+def test_torchrun_script_goes_on_after_a_failure_if_there_is_a_checkpoint(tmp_path: Path, codes: str) -> None:
+    script = ROOT / "scripts" / "fit_torchrun"
+    # A torchrun that says what it was asked for, leaves a checkpoint from its second life on, and ends with these codes.
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "codes").write_text(codes)
+    (tmp_path / "bin" / "torchrun").write_text(
+        f"""#!/bin/bash
+echo "$@" >> {tmp_path}/asked
+read -r code rest < {tmp_path}/codes; echo "$rest" > {tmp_path}/codes
+mkdir -p runs/mae/version_0/checkpoints; touch runs/mae/version_0/checkpoints/last.ckpt
+[ "$code" = 143 ] && kill -TERM $PPID && sleep 0.3
+exit "$code"
+"""
+    )
+    (tmp_path / "bin" / "torchrun").chmod(0o755)
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    command = ["bash", str(script), "mae", "4", "recipe.yaml", "--seed_everything=1"]
+    code = subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode
+    assert code == {"1 1 0": 0, "1 1 1 1": 1, "143": 143}[codes]
+    launch = "--standalone --nproc-per-node 4 --no-python masklr fit"
+    first = f"{launch} --config recipe.yaml --name mae --trainer.devices 4 --seed_everything=1"
+    again = f"{launch} --resume runs/mae/version_0 --trainer.devices 4 --seed_everything=1"
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked == ([first] if codes == "143" else [first, again, again])
+
+
+def test_batch_that_the_processes_cannot_share_is_refused_before_they_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--config={recipe(tmp_path, 3)}", *SHORT, "--trainer.devices=3", f"--runs={tmp_path / 'runs'}"]
+    expected = "Expected `batch_size` to be a multiple of ranks x accumulated batches, 3 x 1, got 256."
+    assert answer(capsys, ["fit", *options]) == expected
+    assert not list(tmp_path.glob("runs/*/*"))

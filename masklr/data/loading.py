@@ -230,12 +230,7 @@ class ImageData(pl.LightningDataModule):
     def _rank_batch_size(self, accumulated: bool) -> int:
         num_ranks = self._ranks()[1]
         accumulation = self.trainer.accumulate_grad_batches if accumulated and self.trainer is not None else 1
-        if self.batch_size % (num_ranks * accumulation):
-            raise ValueError(
-                f"Expected `batch_size` to be a multiple of ranks x accumulated batches, {num_ranks} x {accumulation}, "
-                f"got {self.batch_size}."
-            )
-        return self.batch_size // (num_ranks * accumulation)
+        return rank_batch_size(self.batch_size, num_ranks, accumulation)
 
     def _batches_seen(self) -> int:
         assert self.trainer is not None
@@ -258,6 +253,20 @@ class ImageData(pl.LightningDataModule):
 def as_it_is(batch: Any) -> Any:
     """Collate function of data sets that return whole batches."""
     return batch
+
+
+def rank_batch_size(batch_size: int, num_ranks: int, accumulation: int) -> int:
+    """Samples in one batch of one rank, of a batch size that is that of an optimizer step over all ranks.
+
+    Raises:
+        ValueError: The ranks cannot share it evenly.
+    """
+    if batch_size % (num_ranks * accumulation):
+        raise ValueError(
+            f"Expected `batch_size` to be a multiple of ranks x accumulated batches, {num_ranks} x {accumulation}, "
+            f"got {batch_size}."
+        )
+    return batch_size // (num_ranks * accumulation)
 
 
 def in_unit_interval(name: str, value: float) -> float:

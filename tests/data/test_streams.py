@@ -3,6 +3,7 @@ import logging
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -255,3 +256,27 @@ def test_a_spawned_copy_of_the_stream_knows_where_the_run_stands(shards):
     copy = pickle.loads(pickle.dumps(stream))
     assert isinstance(copy, StreamBatches)
     assert copy.start() == 3
+
+
+@pytest.mark.parametrize("num_samples", [4, 5, 12, 13, 14, 15, 16, 23, 24, 25, 27, 28])
+def test_all_shares_of_a_split_have_equally_many_batches_whatever_its_length(shards, monkeypatch, num_samples):
+    loader = streamed(shards, val_fraction=0.0, batch_size=3).unaugmented_train_dataloader()
+    stream, num_shares = loader.dataset, 4
+    stream.num_ranks, stream.batch_size = 2, 3
+    monkeypatch.setattr(type(stream.shards), "samples", lambda self, path: iter(range(num_samples)))
+    stream.shards = replace(stream.shards, paths=stream.shards.paths[:1])
+    batches = [list(stream._once(share, num_shares)) for share in range(num_shares)]
+    assert len({len(of_share) for of_share in batches}) == 1
+    assert all(1 <= len(batch) <= 4 for of_share in batches for batch in of_share)
+    positions = [[position for batch in of_share for _, position, _ in batch] for of_share in batches]
+    assert positions == [list(range(share, num_samples, num_shares)) for share in range(num_shares)]
+
+
+def test_split_with_fewer_samples_than_shares_is_refused_for_several_ranks(shards, monkeypatch):
+    stream = streamed(shards, val_fraction=0.0).unaugmented_train_dataloader().dataset
+    monkeypatch.setattr(type(stream.shards), "samples", lambda self, path: iter(range(3)))
+    stream.shards = replace(stream.shards, paths=stream.shards.paths[:1])
+    assert [len(batch) for share in range(4) for batch in stream._once(share, 4)] == [1, 1, 1]
+    stream.num_ranks = 2
+    with pytest.raises(SampleError, match="fewer samples of the split than ranks x workers"):
+        list(stream._once(0, 4))

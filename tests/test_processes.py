@@ -1,0 +1,53 @@
+"""Processes that live, have ended, stand still."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from masklr.processes import start_of, watch
+
+
+@pytest.fixture
+def sleepers():
+    processes = [subprocess.Popen(["sleep", "600"]) for _ in range(3)]
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_one_that_has_ended_has_no_start_even_if_nobody_asked_for_its_exit_code(sleepers):
+    started = start_of(sleepers[0].pid)
+    assert started is not None
+    assert int(started) >= int(start_of(os.getpid()))
+    sleepers[0].kill()
+    os.waitid(os.P_PID, sleepers[0].pid, os.WEXITED | os.WNOWAIT)
+    assert start_of(sleepers[0].pid) is None
+    sleepers[0].wait()
+    assert start_of(sleepers[0].pid) is None
+
+
+def test_end_of_one_is_the_end_of_all_those_that_stand_still_too(sleepers):
+    starts = {process.pid: start_of(process.pid) for process in sleepers}
+    sleepers[0].send_signal(signal.SIGSTOP)
+    command = [sys.executable, "-m", "masklr.processes", *(f"{pid}:{start}" for pid, start in starts.items())]
+    watcher = subprocess.Popen(command)
+    time.sleep(1)
+    assert watcher.poll() is None
+    assert all(process.poll() is None for process in sleepers), "nobody has ended yet"
+    sleepers[1].terminate()
+    began = time.monotonic()
+    assert watcher.wait(60) == 0
+    assert time.monotonic() - began >= 5, "the others may end by themselves first"
+    assert [process.wait(10) for process in sleepers] == [-signal.SIGKILL, -signal.SIGTERM, -signal.SIGKILL]
+
+
+def test_process_that_was_given_the_number_of_another_is_left_alone(sleepers):
+    first, second, third = (process.pid for process in sleepers)
+    watch({first: start_of(first), second: "1", third: start_of(third)}, grace=0)
+    assert [process.poll() for process in sleepers[1:2]] == [None]
+    assert sleepers[0].wait(10) == sleepers[2].wait(10) == -signal.SIGKILL

@@ -1,0 +1,157 @@
+"""Two processes that hold parts of the weights train as two that hold all of them, and go on exactly."""
+
+import os
+import socket
+import warnings
+from datetime import timedelta
+
+import pytest
+import pytorch_lightning as pl
+import timm
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from masklr.callbacks import Peers, RunCheckpoint, RunState, StepSeed
+from masklr.callbacks.peers import is_loss_of_a_peer
+from masklr.checkpoints import WholeCheckpointIO, read
+from masklr.strategies import FullyShard, blocks
+
+
+class Sharded(pl.Callback):
+    """Holds each process to having half of each weight whenever a callback can look."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        for name, parameter in pl_module.named_parameters():
+            assert type(parameter).__name__ == "DTensor", name
+        weight = pl_module.model.encoder.blocks[0].mlp.fc1.weight
+        assert weight.to_local().numel() * 2 == weight.numel()
+
+    on_validation_batch_end = on_train_batch_end
+
+
+def make_task():
+    from masklr.layers import DropConnect
+    from masklr.models import MaskedAutoencoder
+    from masklr.optim import Optim
+    from masklr.tasks import Pretraining
+
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(
+        image_size=8,
+        patch_size=2,
+        in_chans=1,
+        decoder_dim=16,
+        decoder_depth=2,
+        decoder_heads=2,
+        encoder_args={"embed_dim": 24, "depth": 2, "num_heads": 2, "proj_drop_rate": 0.1},
+    )
+    masks = {"encoder.blocks.*.mlp.fc2": DropConnect(p=0.3)}
+    return Pretraining(model, Optim(base_lr=4e-3), mean=[0.305], std=[0.376], masks=masks)
+
+
+def fit(folder, name, strategy, ckpt_path=None):
+    from masklr.data import Digits
+
+    warnings.filterwarnings("ignore")
+    checkpoints = RunCheckpoint(every_n_steps=1, keep_last=9, best=None)
+    observers = [Sharded()] if isinstance(strategy, FullyShard) else []
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        default_root_dir=folder / name,
+        logger=False,
+        callbacks=[StepSeed(0), RunState(), checkpoints, Peers(), *observers],
+        plugins=[WholeCheckpointIO()],
+        max_steps=5,
+        check_val_every_n_epoch=None,
+        val_check_interval=3,
+        limit_val_batches=2,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(make_task(), datamodule=Digits(batch_size=64), ckpt_path=ckpt_path)
+
+
+def in_one_of_two(rank, port, folder):
+    torch.set_num_threads(1)
+    world = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+    runs = [("whole", "ddp", None), ("parts", FullyShard(timedelta(minutes=5)), None)]
+    runs += [
+        (f"from_{step}", FullyShard(timedelta(minutes=5)), folder / "parts" / "checkpoints" / f"step={step:08d}.ckpt")
+        for step in (2, 3)  # 3: after a validation
+    ]
+    for place, (name, strategy, ckpt_path) in enumerate(runs):
+        os.environ.update(world | {"MASTER_PORT": str(port + place)})
+        fit(folder, name, strategy, ckpt_path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("strategies")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(in_one_of_two, args=(port, folder), nprocs=2)
+    return folder
+
+
+def last(folder, name):
+    return read(folder / name / "checkpoints" / "last.ckpt")
+
+
+def test_sharded_training_is_that_of_whole_weights(folder):
+    whole, parts = last(folder, "whole"), last(folder, "parts")
+    assert parts["global_step"] == 5
+    assert parts["state_dict"].keys() == whole["state_dict"].keys()
+    before = make_task().state_dict()
+    moved = max(float((whole["state_dict"][name] - before[name]).abs().max()) for name in before)
+    assert moved > 1e-3
+    for name, value in whole["state_dict"].items():
+        torch.testing.assert_close(parts["state_dict"][name], value, rtol=1e-3, atol=1e-2 * moved, msg=name)
+
+
+def test_checkpoint_of_sharded_weights_is_that_of_one_process(folder):
+    parts, task = last(folder, "parts"), make_task()
+    task.load_state_dict(parts["state_dict"], strict=True)
+    assert not any(type(value).__name__ == "DTensor" for value in parts["state_dict"].values())
+    states = parts["optimizer_states"][0]["state"]
+    assert len(states) == len(list(task.parameters()))
+    shapes = sorted(tuple(state["exp_avg"].shape) for state in states.values())
+    assert shapes == sorted(tuple(parameter.shape) for parameter in task.parameters())
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_resumed_run_of_sharded_weights_is_bitwise_the_uninterrupted_one(folder, step):
+    whole, resumed = last(folder, "parts"), last(folder, f"from_{step}")
+    assert resumed["global_step"] == whole["global_step"] == 5
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], value), name
+    for number, state in whole["optimizer_states"][0]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(resumed["optimizer_states"][0]["state"][number][key]), value), key
+
+
+def test_blocks_are_the_outermost_that_repeat_and_single_layers_are_none():
+    vit = timm.create_model("vit_tiny_patch16_224", embed_dim=12, depth=3, num_heads=2, num_classes=2)
+    assert list(blocks(nn.ModuleDict({"network": vit}))) == list(vit.blocks)
+    resnet = timm.create_model("resnet18", num_classes=2)
+    expected = [block for stage in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4) for block in stage]
+    assert list(blocks(resnet)) == expected
+    assert list(blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))) == []
+
+
+def test_time_out_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match=r"Expected `timeout` above 0, got 0:00:00\."):
+        FullyShard(timedelta(0))
+
+
+def test_loss_of_a_peer_is_told_from_other_errors():
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:33168: Connection reset by peer.")
+    assert is_loss_of_a_peer(lost)
+    assert is_loss_of_a_peer(torch.distributed.DistNetworkError("The client socket has timed out"))
+    assert not is_loss_of_a_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_loss_of_a_peer(ValueError("gloo"))
