@@ -512,7 +512,7 @@ def test_slurm_script_asks_for_the_signal_and_resumes_its_own_run(tmp_path: Path
 @pytest.mark.parametrize("codes", ["1 1 0", "1 1 1 1", "143"])
 def test_torchrun_script_goes_on_after_a_failure_if_there_is_a_checkpoint(tmp_path: Path, codes: str) -> None:
     script = ROOT / "scripts" / "fit_torchrun"
-    # A torchrun that says what it was asked for, leaves a checkpoint from its second life on, and ends with these codes.
+    # A torchrun that says what it was asked for, leaves a checkpoint and ends with these codes, one after the other.
     (tmp_path / "bin").mkdir()
     (tmp_path / "codes").write_text(codes)
     (tmp_path / "bin" / "torchrun").write_text(
