@@ -72,7 +72,8 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a file system that has become read-only
+            temporary.unlink()
 
 
 def read(path: Path, map_location: Any = "cpu") -> dict[str, Any]:

@@ -4,7 +4,9 @@ Imports nothing heavy: `masklr --help` answers at once. Commands that need Light
 `masklr measure` and `masklr export` in `masklr.measure_cli` and `masklr.export_cli`.
 """
 
+import errno
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -41,6 +43,11 @@ A run writes into runs/NAME/VERSION: config.yaml, metrics.csv, spectra/, picture
 --wandb PROJECT[/ENTITY] is given). MASKLR_DEBUG=1 shows the stack trace of an error.
 """
 
+# Causes outside of any program, which other libraries tell in words of their own.
+WORKER = r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (?:is killed by signal: ([^.]+)|exited unexpectedly)"
+MEMORY = r"can't allocate memory|out of memory|Cannot allocate memory|not enough memory"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE)
+
 PACKAGE = str(Path(__file__).parent) + os.sep
 
 
@@ -70,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
             run(arguments)
     except Exception as error:
-        sentence = _sentence(error)
+        sentence = sentence_of(error)
         if sentence is None or os.environ.get("MASKLR_DEBUG"):
             raise
         return _failed(sentence)
@@ -84,13 +91,15 @@ def _failed(sentence: str) -> int:
     return 2
 
 
-def _sentence(error: Exception) -> str | None:
+def sentence_of(error: Exception) -> str | None:
     """What to tell the user of an error of theirs; None for any other, whose stack trace is needed.
 
     An error is the user's if our own code, or Lightning's check of the configuration, refused something.
     """
     while isinstance(error, ValueError) and "Union subtypes" in str(error) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # jsonargparse wraps what a constructor raised, as often as the recipe is nested
+    if (told := _outside(error)) is not None:
+        return told
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     ours = type(error).__module__.partition(".")[0] == "masklr" or raised_in.startswith(PACKAGE)
     refused = ours and isinstance(error, ValueError | OSError)
@@ -100,4 +109,30 @@ def _sentence(error: Exception) -> str | None:
     text = str(error).strip()
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]
-    return " ".join(text.split())
+    return " ".join(text.split())[:1000]
+
+
+def _outside(error: Exception) -> str | None:
+    """The sentence for a full disk, too little memory or a killed process, whichever library noticed; else None."""
+    if isinstance(error, MemoryError):
+        return "Expected enough memory, but there is too little."
+    if isinstance(error, OSError) and error.errno in FULL:
+        where = f" {error.filename}" if error.filename else ""
+        return f"Cannot write or open{where}: {error.strerror}."
+    if not isinstance(error, RuntimeError):
+        return None
+    if found := re.search(WORKER, str(error)):
+        cause = f" (signal: {found[2]})" if found[2] else ""
+        return f"Expected the worker processes of the data (`num_workers`) to go on, but {found[1]} has ended{cause}."
+    if found := re.search(r"Error\(s\) in loading state_dict for (\w+):\s*(.*)", str(error), re.DOTALL):
+        told = " ".join(found[2].split())[:500]
+        return f"Expected a checkpoint of this {found[1]}, got one that does not fit: {told}"
+    if re.search(MEMORY, str(error)):
+        return "Expected enough memory, but there is too little" + _asked_for(str(error))
+    return None
+
+
+def _asked_for(text: str) -> str:
+    """How many bytes torch could not have."""
+    found = re.search(r"tried to allocate ([\d.]+ ?\w*)", text)
+    return f": {found[1]} were asked for." if found else "."

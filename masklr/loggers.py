@@ -1,6 +1,8 @@
 """Run folders, who may write into them, and the loggers that do."""
 
+import contextlib
 import csv
+import errno
 import io
 import json
 import logging
@@ -13,7 +15,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 
-from masklr.callbacks.recording import written_whole
+from masklr.callbacks.recording import check_still_there, written_whole
 from masklr.processes import start_of
 
 log = logging.getLogger(__name__)
@@ -76,8 +78,8 @@ class RunLock:
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
         mine = self.path.with_name(f".run.lock.{os.getpid()}")
-        mine.write_text(json.dumps(self.owner))
         try:
+            mine.write_text(json.dumps(self.owner))
             for _ in range(10):
                 try:
                     os.link(mine, self.path)  # fails if there is one, at any moment
@@ -85,14 +87,18 @@ class RunLock:
                 except FileExistsError:
                     self._remove_if_left()
             raise ValueError(f"Expected a run folder that no other process takes, got {folder}.")
+        except OSError as error:
+            raise OSError(f"Cannot write into the run's folder {folder}: {error.strerror or error}.") from error
         finally:
-            mine.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                mine.unlink()
 
     def _remove_if_left(self) -> None:
         try:
             other = json.loads(self.path.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             other = {}
+        other = other if isinstance(other, dict) else {}
         if self._lives(other):
             raise ValueError(
                 f"Expected a run folder that no other process uses, but {self.path.parent} is in use by process "
@@ -109,7 +115,7 @@ class RunLock:
             return False
         try:
             os.kill(pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):
             return False
         except PermissionError:
             pass
@@ -119,7 +125,8 @@ class RunLock:
 
     def release(self) -> None:
         """Give the folder back."""
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder is gone, or can no longer be written into
+            self.path.unlink()
 
 
 class MetricsCSV(CSVLogger):
@@ -159,10 +166,13 @@ class _Rows(ExperimentWriter):
     def _read(self) -> list[dict[str, Any]]:
         if not self._path.exists():
             return []
-        with self._path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-            self.metrics_keys = sorted(reader.fieldnames or [])
+        try:
+            with self._path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                rows = list(reader)
+                self.metrics_keys = sorted(reader.fieldnames or [])
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"Expected {self._path} to be a table of comma-separated values: {error}.") from error
         return [row for row in rows if None not in row]
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
@@ -173,13 +183,27 @@ class _Rows(ExperimentWriter):
         """Write what was logged since the last time."""
         if not self.metrics:
             return
+        check_still_there(self._path.parent)
         if not self._path.exists() or self._record_new_keys():
             self._record_new_keys()
             self._write([*self._read_keeping_keys(), *self.metrics])
         else:
-            with self._path.open("ab", buffering=0) as file:
-                file.write(self._text(self.metrics).encode())
+            self._append(self._text(self.metrics).encode())
         self.metrics = []
+
+    def _append(self, rows: bytes) -> None:
+        """Add rows at the end, all or none of them."""
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    if file.write(rows) < len(rows):  # the disk is full
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(end)
+                    raise
+        except OSError as error:
+            raise OSError(f"Cannot write {self._path}: {error.strerror or error}.") from error
 
     def keep(self, count: int) -> None:
         """Drop all rows but the first ones, and with them the keys that no row has."""

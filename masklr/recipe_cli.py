@@ -25,9 +25,10 @@ from masklr.callbacks.peers import is_loss_of_a_peer
 from masklr.callbacks.predictions import PredictionWriter
 from masklr.callbacks.recording import written_whole
 from masklr.checkpoints import WholeCheckpointIO
+from masklr.cli import sentence_of
 from masklr.data.loading import ImageData, rank_batch_size
 from masklr.loggers import RunLock, new_run_folder, process_rank, run_loggers
-from masklr.recipe_parser import RecipeParser
+from masklr.recipe_parser import RecipeParser, check_recipes
 from masklr.resumed_run import ResumedRun, without_resume
 from masklr.strategies import FullyShard
 from masklr.summary import summary
@@ -62,6 +63,7 @@ class RecipeCLI(LightningCLI):
         self.resumed = None if folder is None else ResumedRun(Path(folder), arguments[1:])
         if self.resumed is not None:
             arguments = [self._command, *self.resumed.arguments]
+        check_recipes(arguments)
         super().__init__(
             pl.LightningModule,
             pl.LightningDataModule,
@@ -116,6 +118,16 @@ class RecipeCLI(LightningCLI):
         path = self.config[self._command].get("ckpt_path")
         if path and path not in ("last", "best", "hpc", "registry") and not Path(path).exists():
             raise FileNotFoundError(f"Expected `ckpt_path` to be a checkpoint, but there is no file {path}.")
+
+    def instantiate_classes(self) -> None:
+        """Build task, data and trainer; what a library refuses, in whatever words, is the recipe's fault."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            if sentence_of(error) is not None:
+                raise
+            told = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"Expected a recipe that can be built, got one that fails with {told}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with a folder of this run's own, made only now that task and data have accepted their values."""
@@ -193,7 +205,18 @@ def run(arguments: list[str]) -> Path:
         fresh = getattr(cli, "resumed", None) is None and (trainer is None or trainer.global_step == 0)
         if fresh and folder is not None and folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
-        if is_loss_of_a_peer(error):
+        elif trainer is not None and trainer.is_global_zero and isinstance(error, Exception) and folder is not None:
+            _say_how_to_go_on(folder)
+        began = trainer is not None and any(c.began for c in trainer.callbacks if isinstance(c, RunState))
+        resumed = getattr(cli, "resumed", None)
+        lost = is_loss_of_a_peer(error)
+        if resumed is not None and not (began or lost) and isinstance(error, Exception) and sentence_of(error) is None:
+            told = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"Expected a checkpoint that fits its recipe, got {resumed.checkpoint}, from which the run cannot go "
+                f"on ({told})."
+            ) from error
+        if lost:
             raise ConnectionError(
                 "Expected all processes of the run to go on, but one has ended, or has kept the others waiting for "
                 "longer than the strategy's `timeout`."
@@ -204,6 +227,12 @@ def run(arguments: list[str]) -> Path:
             lock.release()
     _finish_wandb(exit_code=0)
     return cli.run_folder
+
+
+def _say_how_to_go_on(folder: Path) -> None:
+    """Name the command that resumes a run that failed, if there is something to resume."""
+    if any((folder / "checkpoints").glob("step=*.ckpt")):
+        print(f"masklr: the run can be resumed: masklr fit --resume {folder}", file=sys.stderr)
 
 
 def _quiet() -> None:

@@ -43,10 +43,13 @@ class ResumedRun:
             )
         content = read(checkpoint)
         state = content.get(STATE, {})
-        if _numbers(version := state.get("version", "0")) > _numbers(__version__):
+        version, step = state.get("version", "0") if isinstance(state, dict) else None, content.get("global_step")
+        if not isinstance(version, str) or not isinstance(step, int):
+            raise ValueError(f"Expected a checkpoint of a run, got {checkpoint}, which does not say where it stands.")
+        if _numbers(version) > _numbers(__version__):
             raise ValueError(f"Expected a run of masklr {__version__} or older to resume, got one of {version}.")
         self.folder, self.checkpoint, self.options = folder, checkpoint, options
-        self.step: int = content.get("global_step", 0)
+        self.step: int = step
         self.wandb_id: str | None = state.get("wandb_id")
         self.changes: dict[str, tuple[Any, Any]] = {}
 

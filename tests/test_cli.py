@@ -215,6 +215,20 @@ def edited(tmp_path: Path, old: str, new: str) -> Path:
         ("layers: [norm]", "layers: [norn]", "Expected `layers` to match something, got 'norn'; did you mean norm"),
         ("module: model.encoder", "module: model.encode", "did you mean model.encoder"),
         ("accelerator: auto", "accelerator: abacus", "abacus"),
+        ("    optim:", "    mask: {'*': 1}\n    optim:", "`Pretraining` has no option 'mask'; did you mean masks"),
+        ("    optim:", "    masks: [3]\n    optim:", "`masks`: Expected a mapping of names to values, got [3]."),
+        (
+            "    optim:",
+            "    masks: {'**.fc2': {class_path: masklr.layers.Dropout, p: 0.1}}\n    optim:",
+            "`masks`: Expected only `class_path` and `init_args` in the entry of a class, got 'p' beside them",
+        ),
+        (
+            "    optim:",
+            "    masks: {'**.fc2': {class_path: torch.nn.Dropout}}\n    optim:",
+            "`masks`: Expected a LayerFactory, got torch.nn.Dropout; did you mean masklr.layers.Dropout?",
+        ),
+        ("    optim:", "    masks:\n      *.fc2: 3\n    optim:", "edited.yaml to be YAML: while scanning an alias in"),
+        ("embed_dim: 96", "embed_dim: [1]", "Expected a recipe that can be built, got one that fails with TypeError: "),
     ],
 )
 def test_mistake_in_a_recipe_is_one_sentence_and_leaves_no_folder(
@@ -266,10 +280,10 @@ def test_run_folder_below_a_file_is_one_sentence(tmp_path: Path, capsys: pytest.
 def test_run_folder_without_write_permission_is_one_sentence() -> None:
     # Root may write anywhere, so the process becomes another user once everything is imported.
     code = (
-        "import os, sys; from pathlib import Path; from masklr.cli import _sentence; from masklr.loggers import *\n"
+        "import os, sys; from pathlib import Path; from masklr.cli import sentence_of; from masklr.loggers import *\n"
         "if os.geteuid() == 0:\n    os.seteuid(65534)\n"
         "try:\n    new_run_folder(Path(sys.argv[1]), 'x', 'fit')\n"
-        "except Exception as error:\n    print(_sentence(error))"
+        "except Exception as error:\n    print(sentence_of(error))"
     )
     with tempfile.TemporaryDirectory() as parent:
         Path(parent).chmod(0o755)

@@ -8,7 +8,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,16 +114,33 @@ def run_folder(trainer: pl.Trainer) -> Path:
     return Path(log_dir or trainer.default_root_dir)
 
 
+def check_still_there(folder: Path) -> None:
+    """Raise if a run's folder was removed or moved while it runs: what is written on would belong to no run.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"Expected the run's folder {folder} to stay where it is while the run goes on.")
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder, renamed to `path` at the end, so that readers see a whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A temporary path in the same folder, renamed to `path` at the end, so that readers see a whole file or none.
+
+    Raises:
+        OSError: It cannot be written, for whatever reason the system has.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(f"Cannot write {path}: {error.strerror or error}.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 @contextmanager

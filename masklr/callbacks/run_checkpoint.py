@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
-from masklr.callbacks.recording import run_folder
+from masklr.callbacks.recording import check_still_there, run_folder
 from masklr.checkpoints import link, sweep
 
 log = logging.getLogger(__name__)
@@ -140,6 +140,7 @@ class RunCheckpoint(Checkpoint):
         step = trainer.global_step
         if step != self._last_step:
             path = self.folder / f"step={step:08d}.ckpt"
+            check_still_there(self.folder.parent)
             trainer.save_checkpoint(path, weights_only=False)
             if trainer.is_global_zero:
                 self._name(path, step)

@@ -22,6 +22,9 @@ class RunState(pl.Callback):
     `pending`, what Lightning is about to log of the step just taken; and `wandb_id`. A resumed run drops later rows,
     spectra and pictures, which it writes again, and logs what was pending: no step is lost and none stands twice.
 
+    Attributes:
+        began: Whether everything was restored and training began.
+
     Args:
         changed: Whether the resumed run has options of its own: learning rate, weight decay and the like are then those
             that the task gives its optimizer now, not those in the checkpoint.
@@ -29,6 +32,7 @@ class RunState(pl.Callback):
 
     def __init__(self, changed: bool = False) -> None:
         self.changed = changed
+        self.began = False
         self._restored: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -60,6 +64,7 @@ class RunState(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the run's folder back to where the checkpoint was written."""
+        self.began = True
         restored, self._restored = self._restored, None
         if restored is None:
             return

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from masklr.data.decoding import EXTENSIONS, Interpolation, SampleError, View, decoded_image, size_pair
 from masklr.data.loading import ImageData, SplitName, in_unit_interval
-from masklr.data.splits import Images, OnError, images_of
+from masklr.data.splits import MAX_SKIPPED, Images, OnError, images_of
 from masklr.data.torchvision_sets import TorchvisionSource, has_test_split, torchvision_class
 
 
@@ -42,6 +42,7 @@ class TorchvisionImages(ImageData):
         interpolation: How images are resized, always with antialiasing.
         center_fraction: Share of the shorter side that the central crop keeps outside training, in (0, 1].
         on_error: `raise` stops at an image that cannot be used; `skip` leaves it out and logs how many.
+        max_skipped: Share of a split's samples that `skip` may leave out before that is an error, in [0, 1].
         batch_size: Samples in one optimizer step, over all ranks and accumulated batches.
         num_workers: Processes that decode ahead, for each loader; a set in memory uses none.
         val_fraction: Share of the training split that is held out as validation, in [0, 1).
@@ -70,6 +71,7 @@ class TorchvisionImages(ImageData):
         interpolation: Interpolation = "bicubic",
         center_fraction: float = 1.0,
         on_error: OnError = "raise",
+        max_skipped: float = MAX_SKIPPED,
         batch_size: int = 256,
         num_workers: int = 1,
         val_fraction: float = 0.1,
@@ -91,11 +93,14 @@ class TorchvisionImages(ImageData):
             raise ValueError("Expected `in_memory` false or auto beside `random_resized_crop`, got true.")
         if on_error not in ("raise", "skip"):
             raise ValueError(f"Expected `on_error` raise or skip, got {on_error!r}.")
+        if not 0 <= max_skipped <= 1:
+            raise ValueError(f"Expected `max_skipped` in [0, 1], got {max_skipped}.")
         self.name, self.folder, self.root, self.download = name, folder, root, download
         self.options = options or {}
         self._split_names = (train_split, test_split)
         self._channels = in_chans
         self._in_memory, self._max_memory_bytes, self._on_error = in_memory, max_memory_bytes, on_error
+        self._max_skipped = max_skipped
         self.view = View(size_pair(image_size), interpolation, center_fraction, random_resized_crop)
         self.val_folder, self.test_folder = self._folders(val_folder, test_folder)
         self.own_validation = self.val_folder is not None
@@ -169,6 +174,7 @@ class TorchvisionImages(ImageData):
             in_memory=self._in_memory,
             max_memory_bytes=self._max_memory_bytes,
             on_error=self._on_error,
+            max_skipped=self._max_skipped,
             title=title,
         )
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from masklr.data.decoding import Interpolation, SampleError, View, size_pair
 from masklr.data.loading import ImageData, SplitName
-from masklr.data.splits import NAMED_SKIPS, Images, OnError, images_of
+from masklr.data.splits import MAX_SKIPPED, NAMED_SKIPS, Images, OnError, check_skipped, images_of
 from masklr.data.streams import Shards, StreamBatches, decoded_sample, installed_datasets, shard_kind
 from masklr.data.tar_index import TarSource, shard_index, shard_paths
 
@@ -43,6 +43,8 @@ class ShardedImages(ImageData):
         interpolation: How images are resized, always with antialiasing.
         center_fraction: Share of the shorter side that the central crop keeps outside training, in (0, 1].
         on_error: `raise` stops at a sample that cannot be used; `skip` leaves it out and logs how many.
+        max_skipped: Share of a split's samples that `skip` may leave out before that is an error, in [0, 1]; of a
+            stream, of the samples read so far, once they are 1,000.
         batch_size: Samples in one optimizer step, over all ranks and accumulated batches.
         num_workers: Processes that decode ahead, for each loader; a set in memory uses none.
         val_fraction: Share of the training split that is held out as validation, in [0, 1).
@@ -69,6 +71,7 @@ class ShardedImages(ImageData):
         interpolation: Interpolation = "bicubic",
         center_fraction: float = 1.0,
         on_error: OnError = "raise",
+        max_skipped: float = MAX_SKIPPED,
         batch_size: int = 256,
         num_workers: int = 1,
         val_fraction: float = 0.1,
@@ -85,6 +88,8 @@ class ShardedImages(ImageData):
             raise ValueError(f"Expected `num_classes` of at least 1, got {num_classes}.")
         if on_error not in ("raise", "skip"):
             raise ValueError(f"Expected `on_error` raise or skip, got {on_error!r}.")
+        if not 0 <= max_skipped <= 1:
+            raise ValueError(f"Expected `max_skipped` in [0, 1], got {max_skipped}.")
         if random_resized_crop is not None and in_memory is True:
             raise ValueError("Expected `in_memory` false or auto beside `random_resized_crop`, got true.")
         self.view = View(size_pair(image_size), interpolation, center_fraction, random_resized_crop)
@@ -97,6 +102,7 @@ class ShardedImages(ImageData):
         self.in_chans = in_chans
         self._num_classes = num_classes
         self._in_memory, self._max_memory_bytes, self._on_error = in_memory, max_memory_bytes, on_error
+        self._max_skipped = max_skipped
         self.shuffle_buffer, self._columns = shuffle_buffer, (image_column, label_column)
         self._kinds = {name: shard_kind(arguments[name], paths) for name, paths in self.paths.items()}
         self.streaming = self._streamed(streaming)
@@ -140,6 +146,8 @@ class ShardedImages(ImageData):
         if errors:
             log.warning("%s: skipped %d samples while indexing %d shards.", name, len(errors), len(indices))
         source = TarSource(indices, self.in_chans)
+        if errors:
+            check_skipped(len(errors), len(source) + len(errors), self._max_skipped, errors[-1])
         if self._num_classes is not None:
             if source.num_classes > self._num_classes:
                 row = int(source.labels.argmax())
@@ -153,6 +161,7 @@ class ShardedImages(ImageData):
             in_memory=self._in_memory,
             max_memory_bytes=self._max_memory_bytes,
             on_error=self._on_error,
+            max_skipped=self._max_skipped,
             title=name,
         )
 
@@ -237,6 +246,7 @@ class ShardedImages(ImageData):
             seed=self.seed,
             shuffle_buffer=self.shuffle_buffer,
             start=start,
+            max_skipped=self._max_skipped,
         )
         self._streams.append(stream)
         return self._batches(stream, None, None, num_workers=self.num_workers)

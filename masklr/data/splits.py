@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 Batch = tuple[Tensor, Tensor, Tensor]
 OnError = Literal["raise", "skip"]
 
+MAX_SKIPPED = 0.1
 NAMED_SKIPS = 10  # so many unreadable samples are named in the log, the others counted
 
 
@@ -101,10 +102,11 @@ class DecodedImages:
         source: Where they come from.
         view: How they are brought to one size.
         on_error: `raise` stops at an unreadable sample; `skip` makes the batch smaller and counts it.
+        max_skipped: Share of the samples that may be skipped before that is an error, in [0, 1].
     """
 
-    def __init__(self, source: Source, view: View, on_error: OnError) -> None:
-        self.source, self.view, self.on_error = source, view, on_error
+    def __init__(self, source: Source, view: View, on_error: OnError, max_skipped: float = MAX_SKIPPED) -> None:
+        self.source, self.view, self.on_error, self.max_skipped = source, view, on_error, max_skipped
         self.num_classes, self.in_chans = source.num_classes, source.in_chans
         self.image_size = view.image_size or first_size(source, on_error)
         # Shared, so that what worker processes skip is counted once, by whomever and in however many epochs.
@@ -144,6 +146,7 @@ class DecodedImages:
             self.skipped[row] = True
             if self.num_skipped <= NAMED_SKIPS:
                 log.warning("Skipped %s", error)
+            check_skipped(self.num_skipped, len(self), self.max_skipped, str(error))
 
 
 class Split(Dataset[Batch]):
@@ -179,6 +182,22 @@ class Split(Dataset[Batch]):
         return images[0], labels[0], positions[0]
 
 
+def check_skipped(num_skipped: int, num_samples: int, max_skipped: float, last: str) -> None:
+    """Raise if more samples were skipped than may be.
+
+    Args:
+        num_skipped: How many were.
+        num_samples: Out of how many.
+        max_skipped: The share that may be skipped.
+        last: What is wrong with one of them.
+    """
+    if num_skipped > max_skipped * num_samples:
+        raise SampleError(
+            f"Expected at most the share `max_skipped` = {max_skipped:g} of samples that cannot be used, got "
+            f"{num_skipped} of {num_samples}; the last is {last}"
+        )
+
+
 def first_size(source: Source, on_error: OnError) -> tuple[int, int]:
     """Height and width of the first image that can be read."""
     for row in range(len(source)):
@@ -201,7 +220,9 @@ def mixed_sizes(name: str, image: Tensor, size: tuple[int, int]) -> str:
     )
 
 
-def decoded_into_memory(source: Source, view: View, on_error: OnError, title: str) -> MemoryImages:
+def decoded_into_memory(
+    source: Source, view: View, on_error: OnError, title: str, max_skipped: float = MAX_SKIPPED
+) -> MemoryImages:
     """Read a whole source once; unreadable samples are an error, or left out and counted.
 
     Args:
@@ -209,6 +230,7 @@ def decoded_into_memory(source: Source, view: View, on_error: OnError, title: st
         view: How they are brought to one size; its augmentation is not used.
         on_error: What an unreadable sample does.
         title: What the progress bar says.
+        max_skipped: Share of the samples that may be left out before that is an error, in [0, 1].
     """
     from tqdm.auto import tqdm
 
@@ -251,6 +273,7 @@ def decoded_into_memory(source: Source, view: View, on_error: OnError, title: st
         images, labels = images[kept], labels[kept]
         if not len(images):
             raise SampleError(f"{title}: none of the {len(source)} samples can be read.")
+        check_skipped(len(errors), len(source), max_skipped, str(errors[max(errors)]))
     return MemoryImages(images, labels, source.num_classes, num_skipped=len(errors))
 
 
@@ -262,6 +285,7 @@ def images_of(
     max_memory_bytes: int,
     on_error: OnError,
     title: str,
+    max_skipped: float = MAX_SKIPPED,
 ) -> MemoryImages | DecodedImages:
     """The source in memory if asked for or, on `auto`, if it fits; decoded on the way otherwise."""
     if in_memory == "auto":
@@ -269,5 +293,5 @@ def images_of(
         num_bytes = len(source) * source.in_chans * height * width
         in_memory = view.random_resized_crop is None and num_bytes <= max_memory_bytes
     if in_memory:
-        return decoded_into_memory(source, view, on_error, title)
-    return DecodedImages(source, view, on_error)
+        return decoded_into_memory(source, view, on_error, title, max_skipped)
+    return DecodedImages(source, view, on_error, max_skipped)

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from masklr.data.decoding import EXTENSIONS, SampleError, View, decoded_image
-from masklr.data.splits import NAMED_SKIPS, Batch, OnError, mixed_sizes
+from masklr.data.splits import MAX_SKIPPED, NAMED_SKIPS, Batch, OnError, check_skipped, mixed_sizes
 from masklr.data.tar_index import sample_name
 
 log = logging.getLogger(__name__)
 
+_FEWEST = 1000  # samples of which a share is taken
 _MAX_WORKERS = 1024  # counters of skipped samples, one for each worker process, so that none is lost to a race
 
 
@@ -93,6 +94,8 @@ class StreamBatches(IterableDataset[Batch]):
         seed: Seed of the order and of augmentation.
         shuffle_buffer: Encoded samples that wait to be drawn, in each worker process.
         start: Batches this rank has seen, asked when iteration begins.
+        max_skipped: Share of the samples of a worker process that may be skipped before that is an error, once it has
+            read 1,000.
     """
 
     def __init__(
@@ -109,12 +112,14 @@ class StreamBatches(IterableDataset[Batch]):
         seed: int = 0,
         shuffle_buffer: int = 4096,
         start: Callable[[], int] | None = None,
+        max_skipped: float = MAX_SKIPPED,
     ) -> None:
         super().__init__()
         self.shards, self.view, self.in_chans, self.on_error = shards, view, in_chans, on_error
         self.batch_size, self.rank, self.num_ranks = batch_size, rank, num_ranks
         self.endless, self.seed, self.shuffle_buffer = endless, seed, shuffle_buffer
-        self.start = start
+        self.start, self.max_skipped = start, max_skipped
+        self._num_read = 0  # by this process
         self.skipped = torch.zeros(_MAX_WORKERS, dtype=torch.int64).share_memory_()
 
     @property
@@ -202,6 +207,7 @@ class StreamBatches(IterableDataset[Batch]):
     def _decoded(self, chunk: Sequence[tuple[int, int, Encoded]], worker_id: int) -> Batch:
         images: list[Tensor] = []
         labels, positions = [], []
+        self._num_read += len(chunk)
         for epoch, position, sample in chunk:
             try:
                 image, label = decoded_sample(sample, self.in_chans)
@@ -211,6 +217,8 @@ class StreamBatches(IterableDataset[Batch]):
                 self.skipped[worker_id] += 1
                 if self.skipped[worker_id] <= NAMED_SKIPS:
                     log.warning("Skipped %s", error)
+                num_skipped = int(self.skipped[worker_id])
+                check_skipped(num_skipped, max(self._num_read, _FEWEST), self.max_skipped, str(error))
                 continue
             image = self.view(image, (self.seed, epoch, position) if self.endless else None)
             if images and image.shape != images[0].shape:

@@ -31,6 +31,7 @@ class ShardIndex:
         sizes: Bytes of each image.
         labels: Class of each image.
         errors: One sentence for each sample that cannot be used, naming shard and sample.
+        version: Size and time of the last change (ns), by which a shard that is replaced or cut later is recognized.
     """
 
     path: str
@@ -39,6 +40,7 @@ class ShardIndex:
     sizes: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    version: tuple[int, int] = (0, 0)
 
 
 class TarSource:
@@ -51,6 +53,7 @@ class TarSource:
 
     def __init__(self, indices: Sequence[ShardIndex], in_chans: int) -> None:
         self.paths = [index.path for index in indices]
+        self.versions = {index.path: index.version for index in indices}
         self.shard = np.repeat(np.arange(len(indices), dtype=np.int32), [len(index.keys) for index in indices])
         self.offsets = np.array([offset for index in indices for offset in index.offsets], dtype=np.int64)
         self.sizes = np.array([size for index in indices for size in index.sizes], dtype=np.int64)
@@ -74,7 +77,10 @@ class TarSource:
         data = bytearray(int(self.sizes[row]))
         path = self.paths[self.shard[row]]
         try:
-            num_read = os.preadv(self._descriptor(path), [data], int(self.offsets[row]))
+            descriptor = self._descriptor(path)
+            if _version(descriptor) != self.versions[path]:  # its samples may lie elsewhere now, under other labels
+                raise SampleError(f"{self.name(row)}: the shard was changed or replaced since it was indexed.")
+            num_read = os.preadv(descriptor, [data], int(self.offsets[row]))
         except OSError as error:
             raise SampleError(f"{self.name(row)}: {error.strerror}.") from None
         if num_read < len(data):
@@ -123,13 +129,19 @@ def shard_index(path: str) -> ShardIndex:
     """
     index = ShardIndex(path)
     with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
+        index.version = _version(file.fileno())
+        if index.version[0] == 0:
             index.errors.append(f"{os.path.basename(path)}: the shard is empty.")
             return index
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as shard:
             members, cut = tar_members(path, shard)
             _pair_up(index, members, cut, shard)
     return index
+
+
+def _version(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns
 
 
 def _pair_up(index: ShardIndex, members: list[tuple[str, int, int]], cut: str | None, shard: mmap.mmap) -> None:

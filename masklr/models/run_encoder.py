@@ -58,10 +58,13 @@ def run_encoder_options(checkpoint: Path) -> tuple[str, dict[str, Any]]:
             f"Expected a checkpoint in its run's folder, whose config.yaml says how it was built, got {checkpoint}; "
             "else give the name of the architecture, and the file as `weights`."
         )
-    task = (yaml.safe_load(recipe.read_text()) or {}).get("model") or {}
-    model = (task.get("init_args") or {}).get("model") or {}
-    options = model.get("init_args") or {}
-    if not str(model.get("class_path", "")).endswith("MaskedAutoencoder") or not isinstance(options["encoder"], str):
+    try:
+        model = yaml.safe_load(recipe.read_text())["model"]["init_args"]["model"]
+        options = model["init_args"]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, RecursionError):
+        model, options = {}, {}
+    pretrains = str(model.get("class_path", "")).endswith("MaskedAutoencoder")
+    if not pretrains or not isinstance(options.get("encoder"), str):
         raise ValueError(f"Expected a run that pretrains an encoder by name, got {recipe}, which does not.")
     image_size, patch_size, in_chans = (options.get(name) for name in ("image_size", "patch_size", "in_chans"))
     encoder_args = {**(options.get("encoder_args") or {}), "pretrained": False}
