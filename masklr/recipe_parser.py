@@ -1,5 +1,6 @@
 """The parser of recipes: a mistake in one is answered with one sentence and the nearest valid name."""
 
+import ast
 import inspect
 import re
 import sys
@@ -12,6 +13,17 @@ import yaml
 from pytorch_lightning.cli import LightningArgumentParser
 
 from masklr.names import did_you_mean
+
+# Where recipes find classes, and what values are called in a sentence.
+ROOMS = ("masklr.layers", "masklr.callbacks", "masklr.data", "masklr.tasks", "masklr.models")
+KINDS = {
+    "dict": "a mapping of names to values",
+    "list": "a list",
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+}
 
 
 class RecipeParser(LightningArgumentParser):
@@ -42,10 +54,25 @@ def sentence(message: str, known: list[str], arguments: list[str]) -> str:
         known: Options of the parser that raised it.
         arguments: The command line, in which the place of an unknown key is looked up.
     """
+    return shortened(" ".join(_said(message, known, arguments).split()))
+
+
+def shortened(text: str, length: int = 600) -> str:
+    """A text whose middle is left out if it is too long: it holds a value that nobody wants to read.
+
+    Example:
+        >>> shortened("abcdefghij", 8)
+        'abc ... ij'
+    """
+    return text if len(text) <= length else f"{text[: length // 2 - 1]} ... {text[-(length // 4) :]}"
+
+
+def _said(message: str, known: list[str], arguments: list[str]) -> str:
     if found := re.search(r"^Option '([^']+)' is not accepted", message):
         key = found[1]
-        for owner in _owners(key, _recipes(arguments)):
-            return f"`{owner.__name__}` has no option {key!r}{did_you_mean(key, _options(owner))}"
+        for name in dict.fromkeys((key, key.partition(".")[0])):
+            for owner in _owners(name, _recipes(arguments)):
+                return f"`{owner.__name__}` has no option {name!r}{did_you_mean(name, _options(owner))}"
         return f"There is no option {key!r}{did_you_mean(key, known)}"
     if found := re.search(r"(?:Subcommand|Group) '([^']+)' does not accept option '([^']+)'", message):
         return f"`{found[1]}` has no option {found[2]!r}{did_you_mean(found[2], known)}"
@@ -57,24 +84,87 @@ def sentence(message: str, known: list[str], arguments: list[str]) -> str:
         return f"Expected the path of a class, got {path!r} ({reason}){did_you_mean(name, _classes(module))}"
     if found := re.search(r"File does not exist: '?([^']+)'?", message):
         return f"There is no file {found[1]}."
-    return " ".join(_innermost(message).split())
+    if found := re.search(r"Problems parsing config: (.*)", message, re.DOTALL):
+        return _unreadable(found[1], arguments)
+    return _misfit(message)
 
 
-def _innermost(message: str) -> str:
-    """Of a list of reasons why no alternative fits, the first: the others are `null` and the like."""
-    lead = re.match(r'Parser key "[^"]*":', message)
+def _misfit(message: str) -> str:
+    """Of a list of reasons why no alternative fits a value, the first: the others are `null` and the like."""
+    lead = re.match(r'Parser key "([^"]*)":', message)
     reasons = re.findall(r"^\s*- (?!Does not validate|Expected a <class 'NoneType'>)(.*)$", message, re.MULTILINE)
-    return (f"{lead[0]} " if lead else "") + reasons[0] if reasons else message
+    key = f"`{lead[1]}`: " if lead else ""
+    reason = reasons[0] if reasons else message[lead.end() :] if lead else message
+    given = re.search(r"^\s*Given value: (.*)", message, re.MULTILINE | re.DOTALL)
+    if given and (wrong := _beside_class_path(given[1])):
+        return (
+            f"{key}Expected only `class_path` and `init_args` in the entry of a class, got {wrong!r} beside them; "
+            "its options belong below `init_args`."
+        )
+    if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", reason):
+        name = found[1].rpartition(".")[2]
+        near = [f"{module}.{name}" for module in ROOMS if name in _classes(module) and f"{module}.{name}" != found[1]]
+        return f"{key}Expected a {found[2]}, got {found[1]}{did_you_mean(near[0], near) if near else '.'}"
+    if found := re.fullmatch(r"Expected an? <class '(\w+)'>.*", reason.strip()):
+        told = f", got {shortened(' '.join(given[1].split()), 100)}" if given else ""
+        return f"{key}Expected {KINDS.get(found[1], found[1])}{told}."
+    return key + (reason.replace(lead[0], "").strip() if lead else reason)
+
+
+def _beside_class_path(text: str) -> str | None:
+    """A key that stands beside a `class_path`, where only `init_args` may; None if there is none."""
+    try:
+        todo = [ast.literal_eval(text.strip())]
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None  # a value that has no literal
+    while todo:
+        node = todo.pop()
+        if isinstance(node, dict):
+            if isinstance(node.get("class_path"), str):
+                for key in node:
+                    if key not in ("class_path", "init_args", "dict_kwargs"):
+                        return str(key)
+            todo += node.values()
+        elif isinstance(node, list):
+            todo += node
+    return None
+
+
+def _unreadable(reason: str, arguments: list[str]) -> str:
+    """What is wrong with a recipe that is no YAML, with its name and a hint."""
+    broken = next((path for path in _recipe_files(arguments) if _recipe(path) is None), None)
+    hint = "; a pattern that begins with a star needs quotes" if "an alias" in reason else ""
+    reason = reason.replace('"<unicode string>"', str(broken) if broken else "what was given")
+    return f"Expected {'the recipe ' + str(broken) if broken else 'a recipe'} to be YAML: {reason.strip()}{hint}."
+
+
+def _recipe_files(arguments: list[str]) -> list[Path]:
+    flags = [part for argument in arguments for part in argument.split("=", 1)]
+    pairs = zip(flags, [*flags[1:], ""], strict=True)
+    return [Path(value) for flag, value in pairs if flag in ("--config", "-c") and value and Path(value).is_file()]
+
+
+def check_recipes(arguments: list[str]) -> None:
+    """Raise if a recipe that a command line names is no text."""
+    for path in _recipe_files(arguments):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"Expected the recipe {path} to be text: {error}.") from error
+
+
+def _recipe(path: Path) -> Any:
+    """What a file holds; None if it is no YAML."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
 
 
 def _recipes(arguments: list[str]) -> list[Any]:
     """The recipes that a command line names, with each `--a.b.c value` as a recipe of its own."""
-    recipes = []
-    flags = " ".join(arguments).replace("=", " ").split()
-    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
-        if flag in ("--config", "-c") and Path(value).is_file():
-            recipes.append(yaml.safe_load(Path(value).read_text()))
-    for flag in flags:
+    recipes = [_recipe(path) for path in _recipe_files(arguments)]
+    for flag in " ".join(arguments).replace("=", " ").split():
         if flag.startswith("--") and ".init_args." in flag:
             path = flag.removeprefix("--").split(".")
             for recipe in list(recipes):
@@ -89,8 +179,8 @@ def _recipes(arguments: list[str]) -> list[Any]:
 def _owners(key: str, node: Any) -> Iterator[type]:
     """Classes that a recipe gives this key, but that do not take it."""
     if isinstance(node, dict):
-        owner = _class(node.get("class_path"))
-        if owner is not None and key in (node.get("init_args") or {}) and key not in _options(owner):
+        owner, options = _class(node.get("class_path")), node.get("init_args")
+        if owner is not None and isinstance(options, dict) and key in options and key not in _options(owner):
             yield owner
         for child in node.values():
             yield from _owners(key, child)
@@ -100,20 +190,26 @@ def _owners(key: str, node: Any) -> Iterator[type]:
 
 
 def _class(path: Any) -> type | None:
-    if not isinstance(path, str) or "." not in path:
+    if not isinstance(path, str) or not re.fullmatch(r"\w+(\.\w+)+", path):
         return None
     module, _, name = path.rpartition(".")
     try:
-        return getattr(import_module(module), name, None)
+        found = getattr(import_module(module), name, None)
     except ImportError:
         return None
+    return found if isinstance(found, type) else None
 
 
 def _options(owner: type) -> list[str]:
-    return [name for name in inspect.signature(owner).parameters if name != "self"]
+    try:
+        return [name for name in inspect.signature(owner).parameters if name != "self"]
+    except (ValueError, TypeError):  # of some classes that are written in C
+        return []
 
 
 def _classes(module: str) -> list[str]:
+    if not re.fullmatch(r"\w+(\.\w+)*", module):
+        return []
     try:
         return [name for name in dir(import_module(module)) if name[0].isupper()]
     except ImportError:

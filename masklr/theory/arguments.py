@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
@@ -32,6 +34,63 @@ def float64(x: Float[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
+def check_tensor(x: Any, name: str, num_axes: int) -> None:
+    """Raise unless a value is a tensor of real numbers with so many axes.
+
+    Args:
+        x: The value.
+        name: The argument that it came by.
+        num_axes: How many axes it must have.
+
+    Raises:
+        ValueError: It is no tensor, has another number of axes, or holds truth values or complex numbers.
+
+    Example:
+        >>> check_tensor(torch.ones(2), "s", 1)
+    """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"Expected `{name}` to be a tensor, got a {type(x).__name__}.")
+    if x.dtype == torch.bool or x.is_complex():
+        raise ValueError(f"Expected `{name}` of real numbers, got {str(x.dtype).removeprefix('torch.')}.")
+    if x.ndim != num_axes:
+        raise ValueError(f"Expected `{name}` with {num_axes} ax{'i' if num_axes == 1 else 'e'}s, got {x.ndim}.")
+
+
+def check_number(value: Any, name: str) -> None:
+    """Raise unless a value is one real number.
+
+    Args:
+        value: The value.
+        name: The argument that it came by.
+
+    Raises:
+        ValueError: It is of another type.
+
+    Example:
+        >>> check_number(2, "p")
+    """
+    if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex()):
+        raise ValueError(f"Expected `{name}` to be a number, got a {type(value).__name__}.")
+
+
+def check_integer(value: Any, name: str) -> None:
+    """Raise unless a value is one integer.
+
+    Args:
+        value: The value.
+        name: The argument that it came by.
+
+    Raises:
+        ValueError: It is of another type, or has a fraction.
+
+    Example:
+        >>> check_integer(2, "block_size")
+    """
+    check_number(value, name)
+    if not (math.isfinite(value) and value == int(value)):
+        raise ValueError(f"Expected `{name}` to be an integer, got {value}.")
+
+
 def check_probability(p: float, name: str = "p") -> None:
     """Raise unless a drop probability is in [0, 1).
 
@@ -45,6 +104,7 @@ def check_probability(p: float, name: str = "p") -> None:
     Example:
         >>> check_probability(0.5)
     """
+    check_number(p, name)
     if not 0 <= p < 1:
         raise ValueError(f"Expected `{name}` in [0, 1), got {p}.")
 
@@ -62,6 +122,7 @@ def check_non_negative(value: float, name: str) -> None:
     Example:
         >>> check_non_negative(0.0, "kappa")
     """
+    check_number(value, name)
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"Expected finite `{name}` of at least 0, got {value}.")
 
@@ -84,9 +145,11 @@ def probabilities(p: float | Sequence[float], count: int, what: str) -> list[flo
         >>> probabilities(0.5, 2, "layer")
         [0.5, 0.5]
     """
-    if isinstance(p, int | float):
-        check_probability(p)
-        return [p] * count
+    if isinstance(p, Real):
+        check_probability(float(p))
+        return [float(p)] * count
+    if not isinstance(p, Sequence | Tensor) or isinstance(p, str) or getattr(p, "ndim", 1) != 1:
+        raise ValueError(f"Expected `p` to be a number or one a {what}, got a {type(p).__name__}.")
     values = list(p)
     if len(values) != count:
         raise ValueError(f"Expected `p` with one probability a {what}, {count}, got {len(values)}.")
@@ -110,6 +173,7 @@ def check_second_moment(C: Float[Tensor, "rows cols"], size: int | None = None) 
     Example:
         >>> check_second_moment(torch.eye(3), 3)
     """
+    check_tensor(C, "C", 2)
     rows, cols = C.shape
     if rows != cols or not rows:
         raise ValueError(f"Expected a square `C`, got the shape {(rows, cols)}.")
@@ -177,6 +241,7 @@ def spectrum(s: Float[Tensor, " r"], name: str = "s") -> Float64[Tensor, " r"]:
         >>> spectrum(torch.tensor([2.0, 1.0]))
         tensor([2., 1.], dtype=torch.float64)
     """
+    check_tensor(s, name, 1)
     values = float64(s.detach())
     if not len(values):
         raise ValueError(f"Expected `{name}` with at least one value, got none.")

@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from masklr.theory.arguments import check_non_negative, float64
+from masklr.theory.arguments import check_integer, check_non_negative, check_number, float64
+
+MAX_STEPS = 10_000_000  # some seconds
 
 
 def saxe_mode(
@@ -80,9 +82,16 @@ def invariant_tail(eps: float, lr: float, weight_decay: float, depth: int, steps
     """
     for value, name in ((eps, "eps"), (lr, "lr"), (weight_decay, "weight_decay")):
         check_non_negative(value, name)
+    check_integer(depth, "depth")
+    check_integer(steps, "steps")
+    if steps > MAX_STEPS:
+        raise ValueError(f"Expected `steps` of at most {MAX_STEPS:,}, got {steps}.")
     if depth < 1 or steps < 0:
         raise ValueError(f"Expected `depth` of at least 1 and `steps` of at least 0, got {depth} and {steps}.")
-    rate = lr * (weight_decay + eps ** (2 * (depth - 1)))
+    try:
+        rate = lr * (weight_decay + float(eps) ** (2 * (depth - 1)))
+    except OverflowError:
+        rate = math.inf
     if rate > 1:
         raise ValueError(f"Expected `lr` of at most {lr / rate:.3g}, above which the tail turns its sign, got {lr}.")
     values = [float(eps)]
@@ -93,6 +102,10 @@ def invariant_tail(eps: float, lr: float, weight_decay: float, depth: int, steps
 
 def _numbers(x: float | Tensor, name: str) -> Tensor:
     """Numbers in float64, if they are finite and at least 0."""
+    if not isinstance(x, Tensor):
+        check_number(x, name)
+    elif x.is_complex() or not x.numel():
+        raise ValueError(f"Expected `{name}` of real numbers, at least one, got {x.numel()} of {x.dtype}.")
     values = float64(x.detach()) if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
     smallest, largest = (value.item() for value in values.aminmax())
     if not (smallest >= 0 and math.isfinite(largest)):

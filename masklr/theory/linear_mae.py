@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from masklr.theory.arguments import check_probability, semidefinite
+from masklr.theory.arguments import check_integer, check_probability, semidefinite
 
 
 class LinearMAE(NamedTuple):
@@ -105,6 +105,7 @@ def linear_mae(
 
 
 def _num_patches(size: int, patch_size: int) -> int:
+    check_integer(patch_size, "patch_size")
     if patch_size < 1 or size % patch_size:
         raise ValueError(f"Expected `patch_size` to divide the number of coordinates {size}, got {patch_size}.")
     return size // patch_size
@@ -161,6 +162,7 @@ def _regressions(C: Tensor, patch_size: int, share: float, same: float, other: f
 
 def _narrowed(C: Tensor, W: Tensor, loss: Tensor, bottleneck: int) -> LinearMAE:
     """Reduced-rank regression: outputs projected on the leading eigenvectors of what W explains."""
+    check_integer(bottleneck, "bottleneck")
     if not 1 <= bottleneck <= len(C):
         raise ValueError(f"Expected `bottleneck` from 1 to the number of coordinates {len(C)}, got {bottleneck}.")
     explained = W @ C

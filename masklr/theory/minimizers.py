@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from masklr.theory.arguments import check_non_negative, spectrum
+from masklr.theory.arguments import check_integer, check_non_negative, spectrum
 
 
 def shrunk_spectrum(
@@ -94,6 +94,8 @@ def shrunk_value(
     Reference:
         Cavazza et al., "Dropout as a low-rank regularizer for matrix factorization", AISTATS 2018.
     """
+    if width is not None:
+        check_integer(width, "width")
     if width is not None and width < 1:
         raise ValueError(f"Expected `width` of at least 1, got {width}.")
     values = spectrum(s).sort(descending=True).values
@@ -132,6 +134,7 @@ def k_support_norm(sigma: Float[Tensor, " r"], k: int) -> Float64[Tensor, ""]:
         Argyriou, Foygel and Srebro, "Sparse prediction with the k-support norm", NeurIPS 2012; McDonald, Pontil and
         Stamos, "Spectral k-support norm regularization", NeurIPS 2014.
     """
+    check_integer(k, "k")
     if k < 1:
         raise ValueError(f"Expected `k` of at least 1, got {k}.")
     values = spectrum(sigma, "sigma").sort(descending=True).values
@@ -173,6 +176,7 @@ def critical_variances(s: Float[Tensor, " r"], width: int) -> Float64[Tensor, " 
         Mianjy, Arora and Vidal, "On the implicit bias of dropout", ICML 2018; Cavazza et al., "Dropout as a low-rank
         regularizer for matrix factorization", AISTATS 2018.
     """
+    check_integer(width, "width")
     if width < 1:
         raise ValueError(f"Expected `width` of at least 1, got {width}.")
     values = spectrum(s).sort(descending=True).values
@@ -185,6 +189,7 @@ def critical_variances(s: Float[Tensor, " r"], width: int) -> Float64[Tensor, " 
 
 
 def _check_block_size(block_size: int) -> None:
+    check_integer(block_size, "block_size")
     if block_size < 1:
         raise ValueError(f"Expected `block_size` of at least 1, got {block_size}.")
 

@@ -21,7 +21,14 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from masklr.theory.arguments import check_probability, check_second_moment, float64, probabilities
+from masklr.theory.arguments import (
+    check_integer,
+    check_probability,
+    check_second_moment,
+    check_tensor,
+    float64,
+    probabilities,
+)
 
 
 def mask_variance(p: float) -> float:
@@ -123,6 +130,7 @@ def dropblock_penalty(
     variance = mask_variance(p)
     U, V, C = _factors(U, V, C)
     width = U.shape[1]
+    check_integer(block_size, "block_size")
     if block_size < 1 or width % block_size:
         raise ValueError(f"Expected `block_size` to divide the width {width}, got {block_size}.")
     shape = (width // block_size, block_size)
@@ -162,6 +170,7 @@ def fixed_count_penalty(
     """
     U, V, C = _factors(U, V, C)
     width = U.shape[1]
+    check_integer(keep_count, "keep_count")
     if not 1 <= keep_count <= width:
         raise ValueError(f"Expected `keep_count` from 1 to the width {width}, got {keep_count}.")
     # With d = k = 1 the formula is 0 / 0, and the penalty 0.
@@ -207,6 +216,9 @@ def covariance_penalty(
         sampling distributions); Ghiasi, Lin and Le, "DropBlock", NeurIPS 2018 (overlapping blocks).
     """
     U, V, C = _factors(U, V, C)
+    if covariance.shape != (U.shape[1], U.shape[1]):
+        raise ValueError(f"Expected `covariance` of the width {U.shape[1]}, got the shape {tuple(covariance.shape)}.")
+    check_tensor(covariance, "covariance", 2)
     if covariance.shape != (U.shape[1], U.shape[1]):
         raise ValueError(f"Expected `covariance` of the width {U.shape[1]}, got the shape {tuple(covariance.shape)}.")
     return (float64(covariance) * (U.T @ U) * (V.T @ _times(C, V))).sum()
@@ -326,6 +338,10 @@ def deep_dropout_factor(widths: Sequence[int], p: float | Sequence[float]) -> fl
     Reference:
         Mianjy and Arora, "On dropout and nuclear norm regularization", ICML 2019.
     """
+    if not isinstance(widths, Sequence) or isinstance(widths, str):
+        raise ValueError(f"Expected `widths` to be a sequence of integers, got a {type(widths).__name__}.")
+    for width in widths:
+        check_integer(width, "widths")
     if any(width < 1 for width in widths):
         raise ValueError(f"Expected `widths` of at least 1, got {list(widths)}.")
     chances = probabilities(p, len(widths), "hidden layer")
@@ -368,6 +384,9 @@ def gauss_newton_penalty(
         Wei, Kakade and Ma, "The implicit and explicit regularization effects of dropout", ICML 2020.
     """
     variance = mask_variance(p)
+    check_tensor(jacobian, "jacobian", 3)
+    check_tensor(output_hessian, "output_hessian", 3)
+    check_tensor(activations, "activations", 2)
     batch, classes, units = jacobian.shape
     if output_hessian.shape != (batch, classes, classes):
         raise ValueError(
@@ -386,6 +405,8 @@ def _times(C: Tensor | None, x: Tensor) -> Tensor:
 
 def _factors(U: Tensor, V: Tensor, C: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The factors and C in float64, if they fit."""
+    check_tensor(U, "U", 2)
+    check_tensor(V, "V", 2)
     if U.shape[1] != V.shape[1]:
         raise ValueError(f"Expected `U` and `V` with the same number of columns, got {U.shape[1]} and {V.shape[1]}.")
     if C is not None:
@@ -395,6 +416,10 @@ def _factors(U: Tensor, V: Tensor, C: Tensor | None) -> tuple[Tensor, Tensor, Te
 
 def _layers(weights: Sequence[Tensor], C: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
     """The weights and C in float64, if they fit."""
+    if isinstance(weights, Tensor) or not isinstance(weights, Sequence):
+        raise ValueError(f"Expected `weights` to be a sequence of matrices, got a {type(weights).__name__}.")
+    for W in weights:
+        check_tensor(W, "weights", 2)
     shapes = [tuple(W.shape) for W in weights]
     fits = all(len(shape) == 2 for shape in shapes)
     if not shapes or not fits or any(a[0] != b[1] for a, b in pairwise(shapes)):
