@@ -11,7 +11,7 @@ and the loss is squared, the second order is all there is and both parts agree: 
 Where the approximations fail. All of them keep the second order alone: at p = 0.1 they miss 5 to 10 % of an MLP's
 penalty. Gauss-Newton leaves out the curvature of the network itself. That is little in an MLP, but attention, layer
 norms and GELU carry much of that of a transformer: Gauss-Newton sees about half of its penalty, full curvature about
-95 %. What is left out does not vanish with p: a mask drops whole units, and its third moment is as large as its variance.
+95 %. What is left out does not vanish with p: a mask drops whole units; its third moment is as large as its variance.
 A transformer under a high constant learning rate can be so sharp that full curvature sees 75 %: compare `measured`.
 
 References:
