@@ -54,7 +54,6 @@ def fit(folder, name, strategy, ckpt_path=None):
     from masklr.data import Digits
 
     warnings.filterwarnings("ignore")
-    (folder / name).mkdir(exist_ok=True)
     checkpoints = RunCheckpoint(every_n_steps=1, keep_last=9, best=None)
     observers = [Sharded()] if isinstance(strategy, FullyShard) else []
     trainer = pl.Trainer(

@@ -67,6 +67,7 @@ class RunCheckpoint(Checkpoint):
         self._best: tuple[int, float] | None = None  # step and value
         self._due = False
         self._signal: int | None = None
+        self._has_written = False
         self._last_step = -1
         self._last_time = 0.0
 
@@ -140,8 +141,10 @@ class RunCheckpoint(Checkpoint):
         step = trainer.global_step
         if step != self._last_step:
             path = self.folder / f"step={step:08d}.ckpt"
-            check_still_there(self.folder.parent)
+            if self._has_written:  # the first one makes the folder
+                check_still_there(self.folder.parent)
             trainer.save_checkpoint(path, weights_only=False)
+            self._has_written = True
             if trainer.is_global_zero:
                 self._name(path, step)
                 self._prune()
