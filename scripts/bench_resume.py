@@ -12,6 +12,7 @@ images of 32 x 32 pixels in 5 shards, or `--train`. Exits with 1 if a resume tak
 
 import argparse
 import io
+import logging
 import platform
 import statistics
 import sys
@@ -30,6 +31,7 @@ from PIL import Image
 
 from masklr.callbacks import StepSeed
 from masklr.data import ShardedImages
+from masklr.data.tar_index import shard_index, shard_paths
 from masklr.models import MaskedAutoencoder
 from masklr.optim import Optim
 from masklr.tasks import Pretraining
@@ -57,7 +59,7 @@ def write_shards(folder: Path, num_shards: int = 5, size: int = 10_000) -> str:
     return str(folder / "made-*.tar")
 
 
-def first_batch(train: str, streaming: bool, num_workers: int, passes: float) -> tuple[float, float]:
+def first_batch(train: str, streaming: bool, num_workers: int, passes: float, num_samples: int) -> tuple[float, float]:
     """Seconds to open the data, and from there to the first batch of a run that stands at a place.
 
     Args:
@@ -65,11 +67,12 @@ def first_batch(train: str, streaming: bool, num_workers: int, passes: float) ->
         streaming: Whether they are read as a stream.
         num_workers: Processes that read.
         passes: Where the run stands.
+        num_samples: Samples in one pass.
     """
     began = time.perf_counter()
     data = ShardedImages(
         train, streaming=streaming, in_memory=False, num_classes=10, image_size=32, batch_size=BATCH,
-        num_workers=num_workers, val_fraction=0.1,
+        num_workers=num_workers, val_fraction=0.0,
     )  # fmt: skip
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=10**6, logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -77,7 +80,7 @@ def first_batch(train: str, streaming: bool, num_workers: int, passes: float) ->
     )  # fmt: skip
     data.trainer = trainer
     data.setup("fit")
-    trainer.fit_loop.epoch_loop.batch_progress.total.ready = int(passes * 45_000) // BATCH
+    trainer.fit_loop.epoch_loop.batch_progress.total.ready = int(passes * num_samples) // BATCH
     opened = time.perf_counter()
     batches = iter(data.train_dataloader())
     next(batches)
@@ -88,10 +91,10 @@ def resume_costs(train: str, streaming: bool, num_workers: int) -> bool:
     """Print the costs of all positions; returns whether they are within the limit."""
     limit = STREAM if streaming else IN_PLACE
     what = f"{'stream' if streaming else 'in place'}, {num_workers} workers"
-    holds = True
-    first_batch(train, streaming, num_workers, 0.0)  # imports and the disk's cache
+    holds, num_samples = True, sum(len(shard_index(path).keys) for path in shard_paths("train", train))
+    first_batch(train, streaming, num_workers, 0.0, num_samples)  # imports and the disk's cache
     for passes in POSITIONS:
-        opened, first = first_batch(train, streaming, num_workers, passes)
+        opened, first = first_batch(train, streaming, num_workers, passes, num_samples)
         if passes == 0:
             beginning = first
         cost = first - beginning
@@ -140,10 +143,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="bench_resume_") as name:
         train = options.train or write_shards(Path(name))
         print(f"{torch.get_num_threads()} CPU threads, {platform.machine()}, torch {torch.__version__}")
-        print(f"{'':<24}{'passes':>9}{'open, s':>10}{'first batch, s':>14}{'cost, s':>9}{'limit':>8}")
+        print(f"{'':<24}{'passes':>9}{'open, s':>10}{'batch, s':>14}{'cost, s':>9}{'limit':>8}")
         holds = [resume_costs(train, streaming, n) for streaming in (False, True) for n in options.workers]
     seed, step = seed_share()
     share = seed / step

@@ -36,6 +36,7 @@ class Recording:
     def __init__(self, trainer: pl.Trainer, name: str) -> None:
         self.trainer, self.name = trainer, name
         self.folder = run_folder(trainer)
+        self._has_written = False
         self._began = time.perf_counter()
         self._total_seconds = 0.0
         self._seconds = 0.0
@@ -72,7 +73,7 @@ class Recording:
         if not self.trainer.is_global_zero:
             return
         arrays: dict[str, Any] = {key: sigma.detach().cpu().numpy() for key, sigma in spectra.items()}
-        target = self.folder / "spectra" / self.name / f"step={step:08d}.npz"
+        target = self._target("spectra", f"step={step:08d}.npz")
         # Opened here: numpy adds its own ending to a path.
         with written_whole(target) as path, path.open("wb") as file:
             np.savez(file, **arrays)
@@ -91,7 +92,7 @@ class Recording:
         """Write `pictures/{name}/step=00000100.png` and show it in the loggers that show pictures."""
         if not self.trainer.is_global_zero:
             return
-        with written_whole(self.folder / "pictures" / self.name / f"step={step:08d}.png") as path:
+        with written_whole(self._target("pictures", f"step={step:08d}.png")) as path:
             figure.savefig(path, format="png")
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -101,6 +102,13 @@ class Recording:
                 logger.log_metrics({f"pictures/{self.name}": picture}, step=step)
             elif (add_figure := getattr(getattr(logger, "experiment", None), "add_figure", None)) is not None:
                 add_figure(f"pictures/{self.name}", figure, global_step=step)
+
+    def _target(self, kind: str, name: str) -> Path:
+        """Where a file goes; in a folder that is gone none is written, since that would make it anew."""
+        if self._has_written:
+            check_still_there(self.folder)
+        self._has_written = True
+        return self.folder / kind / self.name / name
 
 
 def run_folder(trainer: pl.Trainer) -> Path:

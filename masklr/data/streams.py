@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from masklr.data.decoding import EXTENSIONS, SampleError, View, decoded_image
 from masklr.data.splits import MAX_SKIPPED, NAMED_SKIPS, Batch, OnError, check_skipped, mixed_sizes
-from masklr.data.tar_index import sample_name
+from masklr.data.tar_index import pair_keys, sample_name
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,15 @@ class Shards:
         for sample in encoded_samples(path, self.kind, self.image_column, self.label_column):
             if self.part == "all" or (self._is_held_out(sample.name) == (self.part == "held out")):
                 yield sample
+
+    def known_length(self, path: str) -> int | None:
+        """How many samples of a shard belong to the split, if that can be told without reading it."""
+        if self.kind != "webdataset" or "://" in path or (keys := pair_keys(path)) is None:
+            return None
+        if self.part == "all":
+            return len(keys)
+        held_out = sum(self._is_held_out(sample_name(path, key)) for key in keys)
+        return held_out if self.part == "held out" else len(keys) - held_out
 
     def _is_held_out(self, name: str) -> bool:
         digest = hashlib.blake2b(f"{self.split_seed}/{name}".encode(errors="surrogateescape"), digest_size=8).digest()
@@ -178,6 +187,10 @@ class StreamBatches(IterableDataset[Batch]):
         lengths: dict[str, int] = {}
         for epoch in count():
             readings = shares_of_pass(self.shards.paths, share, num_shares, self.seed, epoch)
+            if past:
+                for path, _, _ in readings:
+                    if path not in lengths and (length := self.shards.known_length(path)) is not None:
+                        lengths[path] = length
             if past and all(path in lengths for path, _, _ in readings):
                 num_samples = sum(len(range(first, lengths[path], step)) for path, first, step in readings)
                 if num_samples <= past:  # a whole pass that need not be read

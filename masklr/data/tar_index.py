@@ -139,6 +139,30 @@ def shard_index(path: str) -> ShardIndex:
     return index
 
 
+def pair_keys(path: str) -> list[str] | None:
+    """Keys of a shard's samples, in order, if it is a whole tar of nothing but pairs KEY.jpg, KEY.cls; else None.
+
+    Reads the headers only, so that a stream need not be read to be counted.
+    """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as shard:
+            members, cut = tar_members(path, shard)
+    except (OSError, ValueError):  # not local; empty
+        return None
+    if cut is not None or len(members) % 2:
+        return None
+    keys, endings = [], {".cls", *EXTENSIONS}
+    for (first, _, _), (second, _, _) in zip(members[::2], members[1::2], strict=True):
+        dot = first.find(".", first.rfind("/") + 1)
+        pair = {first[dot:].lower(), second[dot:].lower()}
+        if dot <= first.rfind("/") + 1 or second[:dot] != first[:dot] or len(pair) < 2 or not pair <= endings:
+            return None
+        if ".cls" not in pair:
+            return None
+        keys.append(first[:dot])
+    return keys if len(set(keys)) == len(keys) else None
+
+
 def _version(descriptor: int) -> tuple[int, int]:
     status = os.fstat(descriptor)
     return status.st_size, status.st_mtime_ns

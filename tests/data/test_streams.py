@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from masklr.data import SampleError, ShardedImages
-from masklr.data.streams import StreamBatches, shares_of_pass, shuffled
+from masklr.data.streams import Shards, StreamBatches, shares_of_pass, shuffled
 
 pytest.importorskip("datasets")
 pytestmark = [
@@ -280,3 +280,38 @@ def test_split_with_fewer_samples_than_shares_is_refused_for_several_ranks(shard
     stream.num_ranks = 2
     with pytest.raises(SampleError, match="fewer samples of the split than ranks x workers"):
         list(stream._once(0, 4))
+
+
+@pytest.mark.parametrize("part", ["all", "kept", "held out"])
+def test_shards_of_pairs_are_counted_without_being_read_and_others_are_not(shards, made, tmp_path, part):
+    paths = tuple(str(tmp_path / f"train-{number:03d}.tar") for number in range(4))
+    split = Shards(paths, "webdataset", held_out=0.3, part=part)
+    for path in paths:
+        assert split.known_length(path) == sum(1 for _ in split.samples(path))
+    pairs = made.pairs(range(3))
+    others = {
+        "another member": [*pairs, ("000009.json", b"{}")],
+        "no class": pairs[:-1],
+        "apart": [pairs[0], pairs[2], pairs[1], pairs[3]],
+        "twice": [*pairs, *pairs],
+        "no key": [("png", b"1"), ("cls", b"1")],
+    }
+    for name, members in others.items():
+        assert split.known_length(str(made.write_tar(tmp_path / f"{name}.tar", members))) is None
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes((tmp_path / "train-000.tar").read_bytes()[:-3000])
+    (tmp_path / "empty.tar").touch()
+    for path in (cut, tmp_path / "empty.tar", tmp_path / "missing.tar", "https://host/a.tar"):
+        assert split.known_length(str(path)) is None
+
+
+def test_passes_gone_by_that_are_counted_leave_the_stream_as_if_they_were_read(shards, monkeypatch):
+    def batches():
+        data = streamed(shards, val_fraction=0.25)
+        stream = data.train_dataloader().dataset
+        stream.start = lambda: 29  # of 7 or 8 a pass
+        return prints(islice(stream, 6))
+
+    counted = batches()
+    monkeypatch.setattr(Shards, "known_length", lambda self, path: None)
+    assert counted == batches()
