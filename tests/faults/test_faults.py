@@ -15,3 +15,12 @@ def test_killed_and_resumed_run_is_the_one_that_nobody_killed() -> None:
     assert "2 kills in" in done.stdout
     assert "unreadable: 0" in done.stdout
     assert "differences: 0" in done.stdout
+
+
+def test_run_of_two_processes_that_hold_parts_of_the_weights_survives_too() -> None:
+    options = ["--kills", "1", "--processes", "2", "--strategy", "FullyShard", "--precision", "bf16-mixed"]
+    run = [sys.executable, str(ROOT / "scripts" / "faults"), *options, "--workers", "0", "--trainer.max_steps=25"]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 processes, FullyShard: 1 kills in" in done.stdout
+    assert "differences: 0" in done.stdout
