@@ -6,8 +6,10 @@
 A step is forward, backward and AdamW, masks drawn anew. All sides of a shape run in one process, in turns, warm, on
 the same images; seconds are medians, ratios are taken round by round. GFLOP are those of the matrix products; their
 share of the peak is that of two 2,048 x 2,048 matrices (8,192 on a GPU) multiplied between the rounds, in the same
-precision. Peak memory is what weights, optimizer and steps add to a process of their own that has imported all it needs
-(Linux; on a GPU, what torch's allocator counts). Sides in bf16 run under autocast, with float32 weights.
+precision. The floor of masklr's sides is what their matrix products take alone, of the step's real sizes and strides,
+into memory that is at hand: the rest of a step is all else. Peak memory is what weights, optimizer and steps add to a
+process of their own that has imported all it needs (Linux; on a GPU, what torch's allocator counts). Sides in bf16 run
+under autocast, with float32 weights.
 
 Exits with 1 if a line falls short: in bf16 masklr is to lead the fastest peer by a factor (shapes a and b 1.6, c 1.3),
 in fp32 not to be slower (beyond the interval), in neither to need more memory than the thriftiest peer, and a cross
@@ -21,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,37 @@ class Steps:
         return counted.get_total_flops() / 1e9
 
 
+class Products(TorchDispatchMode):
+    """Counts the matrix products that run under it, by function, sizes, strides and type of both factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[Any, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "baddbmm"):
+            a, b = args[:2] if name in ("mm", "bmm") else args[1:3]
+            key = tuple((tuple(x.shape), x.stride(), x.dtype) for x in (a, b))
+            self.counts[torch.mm if a.dim() == 2 else torch.bmm, *key] += 1
+        return func(*args, **(kwargs or {}))
+
+    def floor(self, device: torch.device) -> float:
+        """Seconds that all of them take alone: the median of three of each, after one."""
+        total = 0.0
+        for (function, *factors), count in self.counts.items():
+            a, b = (torch.empty_strided(*size, dtype=dtype, device=device).normal_() for *size, dtype in factors)
+            out = function(a, b)
+
+            def run(function=function, a=a, b=b, out=out) -> None:  # type: ignore[no-untyped-def]
+                function(a, b, out=out)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+
+            total += count * statistics.median(seconds(run) for _ in range(3))
+        return total
+
+
 def seconds(run: Callable[[], None]) -> float:
     """Wall-clock time of a call."""
     began = time.perf_counter()
@@ -311,6 +346,12 @@ def compare(name: str, options: argparse.Namespace, device: torch.device) -> boo
     for side in options.sides:
         makers.setdefault(SIDES[side][0], Steps(SIDES[side][0], shape, device))
     gflop = {maker: steps.gflop() for maker, steps in makers.items()}
+    recorded: dict[str, Products] = {}
+    for side in options.sides:
+        maker, bf16, _ = SIDES[side]
+        if maker not in PEERS:  # whose attention is one operator
+            with Products() as recorded[side]:
+                makers[maker].step(bf16)
     products = {bf16: product(device, bf16) for bf16 in (False, True)}
 
     def one_round() -> tuple[dict[str, float], dict[bool, float]]:
@@ -324,17 +365,19 @@ def compare(name: str, options: argparse.Namespace, device: torch.device) -> boo
         one_round()
     rounds = [one_round() for _ in range(options.steps)]
     times = {side: [found[side] for found, _ in rounds] for side in options.sides}
+    floor = {side: products_of.floor(device) for side, products_of in recorded.items()}
     size = 8192 if device.type == "cuda" else 2048
     peak = {bf16: 2e-9 * size**3 / statistics.median(found[bf16] for _, found in rounds) for bf16 in products}
     sizes = f"{shape.image} px, patch {shape.patch}, width {shape.width} x {shape.depth}"
     sizes += f", decoder {shape.decoder_width} x {shape.decoder_depth}, batch {shape.batch}"
     print(f"({name}) {sizes}; {options.steps} rounds; peak {peak[False]:.0f} GFLOP/s in fp32, {peak[True]:.0f} in bf16")
-    print(f"{'':24}{'seconds':>10}{'images/s':>12}{'GFLOP':>10}{'% of peak':>12}{'MiB':>10}")
+    print(f"{'':24}{'seconds':>10}{'images/s':>12}{'GFLOP':>10}{'% of peak':>12}{'floor, s':>10}{'MiB':>10}")
     for side in options.sides:
         maker, bf16, _ = SIDES[side]
         median = statistics.median(times[side])
         share = 100 * gflop[maker] / median / peak[bf16]
         line = f"{side:24}{median:10.3f}{shape.batch / median:12.1f}{gflop[maker]:10.0f}{share:12.0f}"
+        line += f"{floor[side]:10.3f}" if side in floor else f"{'':10}"
         print(line + (f"{memory[side]:10.0f}" if side in memory else ""))
     lines = judged_times(times, shape) + judged_memory(memory)
     for what, shown, good in lines:
