@@ -258,7 +258,8 @@ def decoded_into_memory(
     chunks = [range(start, min(start + 256, len(source))) for start in range(0, len(source), 256)]
     # Decoders let go of the interpreter's lock, but for small images threads wait for it longer than they work.
     pool = ThreadPoolExecutor(1 if math.prod(native) < 128 * 128 else min(4, len(os.sched_getaffinity(0))))
-    with pool, tqdm(total=len(source), desc=title, unit=" images", disable=len(source) < 5000, leave=False) as bar:
+    hidden = True if len(source) < 5000 else None  # None: where nobody looks, in a file
+    with pool, tqdm(total=len(source), desc=title, unit=" images", disable=hidden, leave=False) as bar:
         try:
             for count in pool.map(read, chunks):
                 bar.update(count)
