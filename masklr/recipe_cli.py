@@ -132,6 +132,8 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer, with a folder of this run's own, made only now that task and data have accepted their values."""
         options, trainer = self.config_init[self._command], self.config_init[self._command].trainer
+        if (epochs := trainer.check_val_every_n_epoch) is not None and epochs < 1:
+            raise ValueError(f"Expected `check_val_every_n_epoch` of at least 1 or null, got {epochs}.")
         if self.resumed is not None:
             folder = self.resumed.folder
             os.environ["MASKLR_RUN_FOLDER"] = str(folder)

@@ -633,7 +633,7 @@ def arguments(rng: random.Random, originals: Path, folder: Path) -> Use:
         "deep_dropout_penalty": ([square, square], 0.5),
         "deep_dropout_factor": ([4, 4], 0.5),
         "linear_mae": (square, 2, 0.5),
-        "saxe_mode": (1.0, torch.tensor([0.1, 0.2]), 0.1, 0.01),
+        "saxe_mode": (1.0, torch.tensor([0.1, 0.2]), 0.1),
         "invariant_tail": (0.1, 0.01, 0.1, 3, 5),
     }
     name = rng.choice([name for name in good if hasattr(theory, name)])

@@ -84,6 +84,11 @@ class Regression(pl.LightningModule):
                 "Expected data whose targets are its inputs for `loss_on` masked (Synthetic: `autoencode`)."
             )
         if stated and self._problem is None:
+            if len(data.second_moment) != self.model.sizes[0]:
+                raise ValueError(
+                    f"Expected `sizes` to begin with the number of inputs of the data, {len(data.second_moment)}, got "
+                    f"{self.model.sizes[0]}."
+                )
             self._mask_penalty = MaskPenalty(self.model, data.second_moment.to(self.device))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

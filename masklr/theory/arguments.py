@@ -69,7 +69,8 @@ def check_number(value: Any, name: str) -> None:
     Example:
         >>> check_number(2, "p")
     """
-    if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex()):
+    is_number = isinstance(value, Tensor) and value.ndim == 0 and not (value.is_complex() or value.dtype == torch.bool)
+    if not isinstance(value, Real) and not is_number:
         raise ValueError(f"Expected `{name}` to be a number, got a {type(value).__name__}.")
 
 

@@ -104,7 +104,7 @@ def _numbers(x: float | Tensor, name: str) -> Tensor:
     """Numbers in float64, if they are finite and at least 0."""
     if not isinstance(x, Tensor):
         check_number(x, name)
-    elif x.is_complex() or not x.numel():
+    elif x.is_complex() or x.dtype == torch.bool or not x.numel():
         raise ValueError(f"Expected `{name}` of real numbers, at least one, got {x.numel()} of {x.dtype}.")
     values = float64(x.detach()) if isinstance(x, Tensor) else torch.tensor(float(x), dtype=torch.float64)
     smallest, largest = (value.item() for value in values.aminmax())
