@@ -88,9 +88,15 @@ def attention(
     batch, tokens, width = qkv.shape
     head_dim = width // (3 * num_heads)
     by_products = qkv.device.type == "cpu" and tokens <= MAX_TOKENS_BY_PRODUCTS.get(qkv.dtype, 0)
-    # Compiled graphs keep PyTorch's own operator: inductor fuses around it. Whoever asks for the math kernel wants
-    # second derivatives.
-    if by_products and not torch.compiler.is_compiling() and torch.backends.cuda.flash_sdp_enabled():
+    # Without a backward pass fused attention is as fast in float32, and timm's results are kept bit for bit.
+    by_products &= qkv.dtype != torch.float32 or (torch.is_grad_enabled() and qkv.requires_grad)
+    if by_products and torch.compiler.is_compiling():
+        # Inductor fuses all but the products.
+        q, k, v = qkv.view(batch, tokens, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
+        q = q if last is None else q[:, :, -last:]
+        return (torch.softmax(q @ k.mT * head_dim**-0.5, dim=-1) @ v).transpose(1, 2).flatten(2)
+    # Whoever asks for the math kernel wants second derivatives.
+    if by_products and torch.backends.cuda.flash_sdp_enabled():
         out = _AttentionByProducts.apply(qkv, num_heads, head_dim**-0.5)
         return out if last is None else out[:, -last:]
     # Split along the last axis: the backward pass then writes the three gradients side by side in one copy, where the

@@ -85,11 +85,14 @@ def cross_attention(
     batch, queries, width = query.shape
     tokens, head_dim = key_value.shape[1], width // num_heads
     by_products = query.device.type == "cpu" and queries * tokens <= MAX_PAIRS_BY_PRODUCTS.get(query.dtype, 0)
-    # Compiled graphs keep PyTorch's own operator; whoever asks for the math kernel wants second derivatives.
-    if by_products and not torch.compiler.is_compiling() and torch.backends.cuda.flash_sdp_enabled():
+    compiling = torch.compiler.is_compiling()
+    # Whoever asks for the math kernel wants second derivatives.
+    if by_products and not compiling and torch.backends.cuda.flash_sdp_enabled():
         return _CrossAttentionByProducts.apply(query, key_value, num_heads, head_dim**-0.5)
     q = query.view(batch, queries, num_heads, head_dim).transpose(1, 2)
     k, v = (part.view(batch, tokens, num_heads, head_dim).transpose(1, 2) for part in key_value.chunk(2, dim=-1))
+    if by_products and compiling:  # inductor fuses all but the products
+        return (torch.softmax(q @ k.mT * head_dim**-0.5, dim=-1) @ v).transpose(1, 2).flatten(2)
     return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 

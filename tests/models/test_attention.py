@@ -184,3 +184,36 @@ def test_block_of_last_tokens_equals_timms_block(tokens):
         )
     for a, b in zip(*([g for g in side if g is not None] for side in grads), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_backward_pass_float32_is_timms_bit_for_bit():
+    theirs, ours = twins()
+    x = torch.randn(3, 7, 24)
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ours(x), theirs(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.usefixtures("compilable")
+@pytest.mark.parametrize("last", [None, 3])
+def test_compiled_it_is_products_too_and_the_same(last):
+    theirs, ours = twins()
+    x = torch.randn(2, 7, 24)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    compiled = torch.compile(lambda x: ours(x, last=last), backend=backend, fullgraph=True)
+    found = []
+    for layer, function in ((theirs, lambda x: theirs(x) if last is None else theirs(x)[:, -last:]), (ours, compiled)):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        found.append([out.detach(), *torch.autograd.grad((out * weights).sum(), [leaf, *layer.parameters()])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=3e-6 * float(a.abs().max().clamp(min=1)))
+    assert "softmax" in graphs[0]
+    assert "scaled_dot_product" not in graphs[0]

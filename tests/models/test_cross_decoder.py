@@ -103,3 +103,22 @@ def test_block_is_attention_and_mlp_with_norms_before_and_sums_after():
     torch.testing.assert_close(block(x, context), middle + mlp, rtol=1e-5, atol=1e-5)
     for norm in (block.norm1, block.norm2):
         assert norm.eps == 1e-6
+
+
+@pytest.mark.usefixtures("compilable")
+def test_compiled_it_is_products_too_and_the_same():
+    torch.manual_seed(0)
+    layer = CrossAttention(24, context_dim=20, num_heads=3)
+    x, context = torch.randn(3, 5, 24), torch.randn(3, 7, 20)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    expected = output_and_gradients(lambda x, context: by_hand(layer, x, context), layer, x, context)
+    for a, b in zip(expected, output_and_gradients(compiled, layer, x, context), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max().clamp(min=1)))
+    assert "softmax" in graphs[0]
+    assert "scaled_dot_product" not in graphs[0]
