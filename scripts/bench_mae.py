@@ -128,7 +128,7 @@ class Lightly(nn.Module):
         import timm
         from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
 
-        vit = timm.create_model(
+        vit: Any = timm.create_model(
             "vit_tiny_patch16_224",
             img_size=shape.image,
             patch_size=shape.patch,
