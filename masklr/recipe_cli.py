@@ -174,8 +174,11 @@ class RecipeCLI(LightningCLI):
             raise ValueError(f"`trainer`: {error}") from error
 
     def before_fit(self) -> None:
-        """Refuse a batch that the processes cannot share before further ones are started."""
+        """Refuse a batch that the processes cannot share before further ones are started, and watch these."""
         trainer = self.trainer
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Peers):
+                callback.watch_from_launch(trainer)
         tensor_parallel = isinstance(trainer.strategy, ModelParallelStrategy) and not isinstance(
             trainer.strategy, FullyShard
         )

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,9 +24,28 @@ class Peers(pl.Callback):
     def __init__(self) -> None:
         self._watcher: subprocess.Popen[bytes] | None = None
 
+    def watch_from_launch(self, trainer: pl.Trainer) -> None:
+        """Watch already while processes look for each other, which is before `setup`."""
+        launcher = trainer.strategy.launcher
+        if launcher is None:
+            return
+        launch = launcher.launch
+
+        def watched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def begin(*args: Any, **kwargs: Any) -> Any:  # called when the others have been started
+                self._watch(launcher)
+                return function(*args, **kwargs)
+
+            return launch(begin, *args, **kwargs)
+
+        launcher.launch = watched  # type: ignore[method-assign]
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin to watch."""
-        started = getattr(trainer.strategy.launcher, "procs", None)
+        self._watch(trainer.strategy.launcher)
+
+    def _watch(self, launcher: Any) -> None:
+        started = getattr(launcher, "procs", None)
         if not started or self._watcher is not None:
             return
         starts = {pid: start_of(pid) for pid in (os.getpid(), *(process.pid for process in started))}
