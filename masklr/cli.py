@@ -46,7 +46,17 @@ A run writes into runs/NAME/VERSION: config.yaml, metrics.csv, spectra/, picture
 # Causes outside of any program, which other libraries tell in words of their own.
 WORKER = r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (?:is killed by signal: ([^.]+)|exited unexpectedly)"
 MEMORY = r"can't allocate memory|out of memory|Cannot allocate memory|not enough memory"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE)
+FULL = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+    errno.EFBIG,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EACCES,
+    errno.EPERM,
+)
 
 PACKAGE = str(Path(__file__).parent) + os.sep
 
