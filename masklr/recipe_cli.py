@@ -126,7 +126,10 @@ class RecipeCLI(LightningCLI):
         except Exception as error:
             if sentence_of(error) is not None:
                 raise
-            told = " ".join(f"{type(error).__name__}: {error}".split())
+            cause = error
+            while "Union subtypes" in str(cause) and isinstance(cause.__cause__, Exception):
+                cause = cause.__cause__
+            told = " ".join(f"{type(cause).__name__}: {cause}".split()).replace("Union subtypes", "types")
             raise ValueError(f"Expected a recipe that can be built, got one that fails with {told}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

@@ -228,7 +228,7 @@ def edited(tmp_path: Path, old: str, new: str) -> Path:
             "`masks`: Expected a LayerFactory, got torch.nn.Dropout; did you mean masklr.layers.Dropout?",
         ),
         ("    optim:", "    masks:\n      *.fc2: 3\n    optim:", "edited.yaml to be YAML: while scanning an alias in"),
-        ("embed_dim: 96", "embed_dim: [1]", "Expected a recipe that can be built, got one that fails with TypeError: "),
+        ("embed_dim: 96", "embed_dim: [1]", "timm cannot build `encoder`"),
     ],
 )
 def test_mistake_in_a_recipe_is_one_sentence_and_leaves_no_folder(

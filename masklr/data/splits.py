@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 Batch = tuple[Tensor, Tensor, Tensor]
 OnError = Literal["raise", "skip"]
 
-MAX_SKIPPED = 0.1
+MAX_SKIPPED = 0.25
 NAMED_SKIPS = 10  # so many unreadable samples are named in the log, the others counted
 
 
