@@ -419,7 +419,7 @@ def _layers(weights: Sequence[Tensor], C: Tensor | None) -> tuple[list[Tensor], 
     if isinstance(weights, Tensor) or not isinstance(weights, Sequence):
         raise ValueError(f"Expected `weights` to be a sequence of matrices, got a {type(weights).__name__}.")
     for W in weights:
-        check_tensor(W, "weights", 2)
+        check_tensor(W, "weights", getattr(W, "ndim", 2))  # their shapes are told together, below
     shapes = [tuple(W.shape) for W in weights]
     fits = all(len(shape) == 2 for shape in shapes)
     if not shapes or not fits or any(a[0] != b[1] for a, b in pairwise(shapes)):

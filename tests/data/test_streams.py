@@ -299,7 +299,7 @@ def test_shards_of_pairs_are_counted_without_being_read_and_others_are_not(shard
     for name, members in others.items():
         assert split.known_length(str(made.write_tar(tmp_path / f"{name}.tar", members))) is None
     cut = tmp_path / "cut.tar"
-    cut.write_bytes((tmp_path / "train-000.tar").read_bytes()[:-3000])
+    cut.write_bytes((tmp_path / "train-000.tar").read_bytes()[:3000])
     (tmp_path / "empty.tar").touch()
     for path in (cut, tmp_path / "empty.tar", tmp_path / "missing.tar", "https://host/a.tar"):
         assert split.known_length(str(path)) is None
