@@ -119,7 +119,7 @@ def sentence_of(error: Exception) -> str | None:
     text = str(error).strip()
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]
-    return " ".join(text.split())[:1000]
+    return " ".join(text.split())[:4000]
 
 
 def _outside(error: Exception) -> str | None:

@@ -224,7 +224,12 @@ def steps_of_run(make_classifier, make_trainer, plain_loaders, tmp_path, monkeyp
         written = []
         trainer = make_trainer(tmp_path, enable_checkpointing=True, plugins=[WholeCheckpointIO()], **options)
         save = trainer.save_checkpoint
-        monkeypatch.setattr(trainer, "save_checkpoint", lambda path: (written.append(trainer.global_step), save(path)))
+
+        def noted(path, **options):
+            written.append(trainer.global_step)
+            save(path, **options)
+
+        monkeypatch.setattr(trainer, "save_checkpoint", noted)
         trainer.fit(make_classifier(), *plain_loaders())
         return written, tmp_path / "checkpoints"
 

@@ -463,7 +463,9 @@ def test_wandb_of_a_resumed_run_holds_each_step_once(faults: ModuleType, tmp_pat
         "checkpoints.write = dying\nmain(sys.argv[1:])"
     )
     first = [f"--config={recipe(tmp_path, 3)}", *arguments, f"--runs={tmp_path / 'runs'}", "--wandb=offline"]
-    killed = subprocess.run([sys.executable, "-c", stopping, "fit", *first], capture_output=True)
+    # A service of wandb's that the test process has started would keep the killed run.
+    alone = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+    killed = subprocess.run([sys.executable, "-c", stopping, "fit", *first], capture_output=True, env=alone)
     assert killed.returncode == -signal.SIGKILL
     (folder,) = tmp_path.glob("runs/*/version_0")
     assert main(["fit", f"--resume={folder}"]) == 0

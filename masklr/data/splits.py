@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 Batch = tuple[Tensor, Tensor, Tensor]
 OnError = Literal["raise", "skip"]
 
-MAX_SKIPPED = 0.25
+MAX_SKIPPED = 0.1
 NAMED_SKIPS = 10  # so many unreadable samples are named in the log, the others counted
 
 

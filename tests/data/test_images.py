@@ -183,7 +183,7 @@ def test_damaged_images_are_named(damaged, in_memory):
 
 
 def test_damaged_images_are_left_out_of_memory_and_counted(damaged, caplog):
-    data = TorchvisionImages(folder=str(damaged), on_error="skip", val_fraction=0.0)
+    data = TorchvisionImages(folder=str(damaged), on_error="skip", max_skipped=0.3, val_fraction=0.0)
     data.setup("fit")
     assert len(data.splits["train"]) == 12
     assert "skipped 3 of 15 samples" in caplog.text
@@ -194,7 +194,13 @@ def test_damaged_images_are_left_out_of_memory_and_counted(damaged, caplog):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_damaged_images_make_batches_smaller_and_are_counted_once_over_workers(damaged, run, caplog, num_workers):
     data = TorchvisionImages(
-        folder=str(damaged), on_error="skip", in_memory=False, val_fraction=0.0, batch_size=5, num_workers=num_workers
+        folder=str(damaged),
+        on_error="skip",
+        max_skipped=0.3,
+        in_memory=False,
+        val_fraction=0.0,
+        batch_size=5,
+        num_workers=num_workers,
     )
     with caplog.at_level(logging.WARNING):
         module = run(data, max_epochs=3)

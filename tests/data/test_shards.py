@@ -122,7 +122,10 @@ def test_shard_that_is_cut_off_is_found_while_indexing(tmp_path, made, caplog, i
     with pytest.raises(SampleError, match=rf"^train-000001.tar: sample {named}: the shard is cut off"):
         data.setup("fit")
     with caplog.at_level(logging.WARNING):
-        assert len(opened(str(path), on_error="skip", val_fraction=0.0, batch_size=1).splits["train"]) == 3
+        assert (
+            len(opened(str(path), on_error="skip", max_skipped=0.3, val_fraction=0.0, batch_size=1).splits["train"])
+            == 3
+        )
     assert "skipped 1 samples while indexing" in caplog.text
 
 
@@ -151,7 +154,7 @@ def test_shard_with_long_names_that_is_cut_off_is_found_too(tmp_path, made):
 def test_samples_that_cannot_be_used_are_named_or_skipped(tmp_path, made, caplog, change, sentence, in_memory):
     members = [(name, change.get(name, data)) for name, data in made.pairs(range(5))]
     path = made.write_tar(tmp_path / "a.tar", [(name, data) for name, data in members if data is not None])
-    options = {"in_memory": in_memory, "val_fraction": 0.0, "num_workers": 0, "batch_size": 1}
+    options = {"in_memory": in_memory, "val_fraction": 0.0, "num_workers": 0, "batch_size": 1, "max_skipped": 0.2}
 
     def everything(on_error):
         data = opened(str(path), on_error=on_error, **options)
