@@ -116,7 +116,8 @@ def damage(path: Path) -> str | None:
             file.seek(0)
             digest = _digest(file, size - _COMMENT_SIZE)
             return None if comment == _LABEL + digest else "is damaged: its checksum differs"
-    if comment[-2:] != b"\0\0":  # the archive says that a comment follows
+    # What torch writes ends with the archive's own end, of 22 bytes; their last two say that no comment follows.
+    if comment[-2:] != b"\0\0" or comment[-22:-18] != b"PK\x05\x06":
         return "is torn or damaged: its end is missing"
     try:
         with zipfile.ZipFile(path) as archive:

@@ -60,7 +60,9 @@ class RunState(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take up where the logs stood."""
-        self._restored = checkpoint.get(STATE) if trainer.state.fn == "fit" else None
+        if trainer.state.fn == "fit":
+            check_entries(checkpoint)
+            self._restored = checkpoint.get(STATE)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the run's folder back to where the checkpoint was written."""
@@ -80,6 +82,19 @@ class RunState(pl.Callback):
                 step, values = restored["pending"]
                 logger.log_metrics(dict(values), step=step)
                 logger.save()
+
+
+def check_entries(checkpoint: dict[str, Any]) -> None:
+    """Raise if a checkpoint lacks what a run goes on from: others find out in the middle of a step, or never."""
+    state = checkpoint.get(STATE)
+    if state is not None and not (isinstance(state, dict) and {"metrics_rows", "pending"} <= state.keys()):
+        raise ValueError(
+            f"Expected `metrics_rows` and `pending` in the checkpoint's entry `{STATE}`, got {state!r:.90}."
+        )
+    for optimizer in checkpoint.get("optimizer_states") or []:
+        parameters = optimizer.get("state") if isinstance(optimizer, dict) else None
+        if not isinstance(parameters, dict) or not all(isinstance(values, dict) for values in parameters.values()):
+            raise ValueError("Expected a mapping for each parameter in the checkpoint's entry `optimizer_states`.")
 
 
 def pending_metrics(trainer: pl.Trainer) -> tuple[int, dict[str, float]] | None:

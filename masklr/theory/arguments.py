@@ -64,13 +64,13 @@ def check_number(value: Any, name: str) -> None:
         name: The argument that it came by.
 
     Raises:
-        ValueError: It is of another type.
+        ValueError: It is of another type, or a truth value.
 
     Example:
         >>> check_number(2, "p")
     """
     is_number = isinstance(value, Tensor) and value.ndim == 0 and not (value.is_complex() or value.dtype == torch.bool)
-    if not isinstance(value, Real) and not is_number:
+    if isinstance(value, bool) or not (isinstance(value, Real) or is_number):
         raise ValueError(f"Expected `{name}` to be a number, got a {type(value).__name__}.")
 
 

@@ -216,8 +216,6 @@ def covariance_penalty(
         sampling distributions); Ghiasi, Lin and Le, "DropBlock", NeurIPS 2018 (overlapping blocks).
     """
     U, V, C = _factors(U, V, C)
-    if covariance.shape != (U.shape[1], U.shape[1]):
-        raise ValueError(f"Expected `covariance` of the width {U.shape[1]}, got the shape {tuple(covariance.shape)}.")
     check_tensor(covariance, "covariance", 2)
     if covariance.shape != (U.shape[1], U.shape[1]):
         raise ValueError(f"Expected `covariance` of the width {U.shape[1]}, got the shape {tuple(covariance.shape)}.")
