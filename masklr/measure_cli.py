@@ -86,6 +86,6 @@ def run(arguments: list[str]) -> Path:
     seconds = time.perf_counter() - began
     print(f"{title}\n\n{table(spectra)}\n")
     files = write(options.out or Path("measured") / name.lstrip("./-"), spectra, title)
-    print(f"{len(spectra)} matrices in {seconds:.1f} seconds")
+    print(f"{len(spectra)} matrices in {seconds:.2g} seconds")
     print("\n".join(str(file) for file in files))
     return files[0].parent
