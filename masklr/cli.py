@@ -58,6 +58,7 @@ FULL = (
     errno.EPERM,
 )
 
+SEED = os.path.join("utilities", "seed.py")  # Lightning's, which refuses a number that is none of numpy's seeds
 PACKAGE = str(Path(__file__).parent) + os.sep
 
 
@@ -111,6 +112,8 @@ def sentence_of(error: Exception) -> str | None:
     if (told := _outside(error)) is not None:
         return told
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if raised_in.endswith(SEED) and isinstance(error, ValueError):
+        return f"`seed_everything`: {error}."
     ours = type(error).__module__.partition(".")[0] == "masklr" or raised_in.startswith(PACKAGE)
     refused = ours and isinstance(error, ValueError | OSError)
     if not refused and type(error).__name__ != "MisconfigurationException":

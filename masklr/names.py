@@ -71,4 +71,8 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
 def _expression(pattern: str) -> re.Pattern[str]:
     pieces = {"**": "(.*)", "*": r"([^.]*)", "?": "([^.])"}
     tokens = re.split(r"(\*\*|\*|\?|\[[^\]]+\])", pattern)
-    return re.compile("".join(pieces.get(t, f"({t})" if t.startswith("[") else re.escape(t)) for t in tokens))
+    text = "".join(pieces.get(t, f"({t})" if t.startswith("[") else re.escape(t)) for t in tokens)
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(f"Expected a pattern of names, got {pattern!r} ({error}).") from None

@@ -52,3 +52,8 @@ def test_patterns_take_names_from_an_iterator_once():
 )
 def test_hint_names_the_nearest_or_what_there_is(name, known, end):
     assert did_you_mean(name, iter(known)) == end
+
+
+def test_set_of_characters_that_is_none_is_named():
+    with pytest.raises(ValueError, match=r"Expected a pattern of names, got 'a\[\^\]' \(unterminated character set"):
+        matching(["a"], ["a[^]"], "include")

@@ -95,6 +95,13 @@ def check_entries(checkpoint: dict[str, Any]) -> None:
         parameters = optimizer.get("state") if isinstance(optimizer, dict) else None
         if not isinstance(parameters, dict) or not all(isinstance(values, dict) for values in parameters.values()):
             raise ValueError("Expected a mapping for each parameter in the checkpoint's entry `optimizer_states`.")
+    kinds = {"base_lrs": list, "_last_lr": list, "_step_count": int, "last_epoch": int}
+    for schedule in checkpoint.get("lr_schedulers") or []:
+        fits = isinstance(schedule, dict) and all(
+            isinstance(schedule.get(k, kind()), kind) for k, kind in kinds.items()
+        )
+        if not fits:
+            raise ValueError(f"Expected a schedule in the checkpoint's entry `lr_schedulers`, got {schedule!r:.90}.")
 
 
 def pending_metrics(trainer: pl.Trainer) -> tuple[int, dict[str, float]] | None:

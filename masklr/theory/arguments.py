@@ -72,6 +72,8 @@ def check_number(value: Any, name: str) -> None:
     is_number = isinstance(value, Tensor) and value.ndim == 0 and not (value.is_complex() or value.dtype == torch.bool)
     if isinstance(value, bool) or not (isinstance(value, Real) or is_number):
         raise ValueError(f"Expected `{name}` to be a number, got a {type(value).__name__}.")
+    if isinstance(value, int) and abs(value) >= 2**63:  # torch computes with 64 bits
+        raise ValueError(f"Expected `{name}` between -2^63 and 2^63, got an integer of {value.bit_length()} bits.")
 
 
 def check_integer(value: Any, name: str) -> None:
