@@ -1,6 +1,10 @@
 """What every test stands on: one thread, annotations checked at run time, tiny models, tiny runs."""
 
 import csv
+import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -49,6 +53,20 @@ def pytest_configure(config):
         "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
     ):
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def load_script():
+    """A script of `scripts/` as a module, by its name."""
+
+    def load(name):
+        loader = SourceFileLoader(name, str(Path(__file__).parents[1] / "scripts" / name))
+        module = module_from_spec(spec_from_loader(name, loader))
+        sys.modules[name] = module  # dataclasses look their module up
+        loader.exec_module(module)
+        return module
+
+    return load
 
 
 class Classifier(pl.LightningModule):

@@ -14,6 +14,7 @@ from pytorch_lightning import Callback
 
 from masklr import checkpoints
 from masklr.callbacks import RunCheckpoint
+from masklr.callbacks.run_state import check_entries
 from masklr.checkpoints import WholeCheckpointIO, damage, link, newest_sound, read, write
 
 CONTENT = {"weights": torch.arange(3000.0), "half": torch.ones(7, dtype=torch.bfloat16), "step": 3, "names": ["a", "b"]}
@@ -174,6 +175,29 @@ def test_process_killed_at_any_moment_of_writing_leaves_a_sound_checkpoint(path:
     WholeCheckpointIO().save_checkpoint({"step": 5}, path)
     assert read(path)["step"] == 5
     assert list(path.parent.iterdir()) == [path], "orphans were not swept"
+
+
+def test_checkpoint_whose_checksum_was_overwritten_is_damaged(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    end = content.rindex(b"PK\x05\x06")
+    content[end + 20 :] = bytes(len(content) - end - 20)  # the archive says that no comment follows
+    path.write_bytes(content)
+    assert zipfile.ZipFile(path).testzip() is None
+    assert damage(path) is not None
+
+
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ({"masklr": {"pending": None}}, "Expected `metrics_rows` and `pending`"),
+        ({"optimizer_states": [{"state": {0: []}}]}, "Expected a mapping for each parameter"),
+        ({"lr_schedulers": [{"_step_count": [3]}]}, "Expected a schedule"),
+    ],
+)
+def test_checkpoint_that_lacks_what_a_run_goes_on_from_is_refused(entries: dict, told: str) -> None:
+    check_entries({"masklr": {"metrics_rows": 0, "pending": None}, "optimizer_states": [{"state": {0: {}}}]})
+    with pytest.raises(ValueError, match=told):
+        check_entries(entries)
 
 
 def test_temporary_file_of_a_living_process_is_left_alone(path: Path) -> None:

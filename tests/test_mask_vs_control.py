@@ -3,8 +3,6 @@
 import csv
 import math
 import re
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +17,8 @@ SHORT = ["--trainer.max_steps", "6", "--trainer.val_check_interval", "3", "--tra
 
 
 @pytest.fixture(scope="module")
-def script():
-    loader = SourceFileLoader("mask_vs_control", str(ROOT / "scripts" / "mask_vs_control"))
-    module = module_from_spec(spec_from_loader(loader.name, loader))
-    loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("mask_vs_control")
 
 
 def test_interval_is_that_of_students_t(script):

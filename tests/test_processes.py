@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from masklr.callbacks import Peers
 from masklr.processes import start_of, watch
 
 
@@ -51,3 +53,18 @@ def test_process_that_was_given_the_number_of_another_is_left_alone(sleepers):
     watch({first: start_of(first), second: "1", third: start_of(third)}, grace=0)
     assert [process.poll() for process in sleepers[1:2]] == [None]
     assert sleepers[0].wait(10) == sleepers[2].wait(10) == -signal.SIGKILL
+
+
+def test_watching_begins_when_the_others_have_been_started_and_before_anything_is_set_up(sleepers):
+    launcher = SimpleNamespace(procs=[])
+
+    def launch(function, *args, **kwargs):
+        launcher.procs = sleepers
+        return function(*args, **kwargs)
+
+    launcher.launch = launch
+    peers = Peers()
+    peers.watch_from_launch(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)))
+    assert peers._watcher is None
+    assert launcher.launch(lambda value: (value, peers._watcher.poll()), 3) == (3, None)
+    peers._stop_watching()

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -29,14 +28,8 @@ SHORT = ["--data.init_args.batch_size=256", "--trainer.max_steps=9", "--trainer.
 
 
 @pytest.fixture(scope="module")
-def faults() -> ModuleType:
-    loader = SourceFileLoader("faults", str(ROOT / "scripts" / "faults"))
-    spec = spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    sys.modules["faults"] = module  # dataclasses look their module up
-    loader.exec_module(module)
-    return module
+def faults(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("faults")
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,6 @@
 
 import csv
 import re
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import pytest
@@ -18,11 +16,8 @@ SIZES = {"image_size": 8, "patch_size": 2, "in_chans": 1}
 
 
 @pytest.fixture(scope="module")
-def script():
-    loader = SourceFileLoader("transfer_table", str(ROOT / "scripts" / "transfer_table"))
-    module = module_from_spec(spec_from_loader(loader.name, loader))
-    loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("transfer_table")
 
 
 def recipe(task, model, callbacks, epochs, **sizes):

@@ -10,8 +10,6 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,14 +53,8 @@ OPTIONS = ["--wandb=off", "--trainer.max_steps=8", "--trainer.log_every_n_steps=
 
 
 @pytest.fixture(scope="module")
-def faults() -> ModuleType:
-    loader = SourceFileLoader("faults", str(ROOT / "scripts" / "faults"))
-    spec = spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    sys.modules["faults"] = module  # dataclasses look their module up
-    loader.exec_module(module)
-    return module
+def faults(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("faults")
 
 
 Masklr = Callable[..., tuple[int, str]]
