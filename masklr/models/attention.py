@@ -66,6 +66,24 @@ class _AttentionByProducts(torch.autograd.Function):
         return grad_qkv.reshape(batch, tokens, 3 * num_heads * head_dim), None, None
 
 
+def compiled_products(
+    q: Float[Tensor, "batch heads queries d"],
+    k: Float[Tensor, "batch heads tokens d"],
+    v: Float[Tensor, "batch heads tokens d"],
+) -> Float[Tensor, "batch queries width"]:
+    """The same by matrix products for compiled graphs, in which inductor fuses all that lies between them.
+
+    Args:
+        q: Queries of each head.
+        k: Keys of each head.
+        v: Values of each head.
+
+    Returns:
+        The heads' outputs side by side.
+    """
+    return (torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1) @ v).transpose(1, 2).flatten(2)
+
+
 def attention(
     qkv: Float[Tensor, "batch tokens three_width"], num_heads: int, last: int | None = None
 ) -> Float[Tensor, "batch queries width"]:
@@ -91,10 +109,9 @@ def attention(
     # Without a backward pass fused attention is as fast in float32, and timm's results are kept bit for bit.
     by_products &= qkv.dtype != torch.float32 or (torch.is_grad_enabled() and qkv.requires_grad)
     if by_products and torch.compiler.is_compiling():
-        # Inductor fuses all but the products.
         q, k, v = qkv.view(batch, tokens, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
         q = q if last is None else q[:, :, -last:]
-        return (torch.softmax(q @ k.mT * head_dim**-0.5, dim=-1) @ v).transpose(1, 2).flatten(2)
+        return compiled_products(q, k, v)
     # Whoever asks for the math kernel wants second derivatives.
     if by_products and torch.backends.cuda.flash_sdp_enabled():
         out = _AttentionByProducts.apply(qkv, num_heads, head_dim**-0.5)

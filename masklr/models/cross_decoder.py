@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from masklr.models.attention import compiled_products
+
 # The largest number of queries x keys at which batched products beat fused attention on CPU, forward and backward, by
 # dtype (2 cores, AVX-512 with bf16), as in `masklr.models.attention`.
 MAX_PAIRS_BY_PRODUCTS = {torch.bfloat16: 512 * 512, torch.float32: 48 * 48}
@@ -91,8 +93,8 @@ def cross_attention(
         return _CrossAttentionByProducts.apply(query, key_value, num_heads, head_dim**-0.5)
     q = query.view(batch, queries, num_heads, head_dim).transpose(1, 2)
     k, v = (part.view(batch, tokens, num_heads, head_dim).transpose(1, 2) for part in key_value.chunk(2, dim=-1))
-    if by_products and compiling:  # inductor fuses all but the products
-        return (torch.softmax(q @ k.mT * head_dim**-0.5, dim=-1) @ v).transpose(1, 2).flatten(2)
+    if by_products and compiling:
+        return compiled_products(q, k, v)
     return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
