@@ -21,7 +21,7 @@ import masklr.callbacks
 import masklr.data
 import masklr.tasks  # noqa: F401 (imported so that recipes can use short class names)
 from masklr.callbacks import NonFinite, Peers, RunCheckpoint, RunState, StepProgress, StepSeed, StepTiming
-from masklr.callbacks.peers import is_loss_of_a_peer
+from masklr.callbacks.peers import is_loss_of_a_peer, leave_peers
 from masklr.callbacks.predictions import PredictionWriter
 from masklr.callbacks.recording import written_whole
 from masklr.checkpoints import WholeCheckpointIO
@@ -204,6 +204,16 @@ class RecipeCLI(LightningCLI):
 def run(arguments: list[str]) -> Path:
     """Run a command line; returns the run's folder. A run that fails before its first step leaves none behind."""
     _quiet()
+    try:
+        folder = _run(arguments)
+    except SystemExit:  # at a signal on which all processes agreed
+        leave_peers()
+        raise
+    leave_peers()
+    return folder
+
+
+def _run(arguments: list[str]) -> Path:
     cli = RecipeCLI.__new__(RecipeCLI)
     try:
         cli.__init__(arguments)  # type: ignore[misc]

@@ -32,7 +32,8 @@ SMALL = [
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     # Set by a run for its further processes; kept from the next test.
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "MASKLR_RUN_FOLDER", "MASKLR_DEBUG"):
+    address = ("MASTER_ADDR", "MASTER_PORT")
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "MASKLR_RUN_FOLDER", "MASKLR_DEBUG", *address):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -128,6 +129,17 @@ def test_checkpoint_of_a_run_is_measured_with_its_config(
         accuracy = [row["probe/norm/accuracy"] for row in metrics(run_folder) if row.get("probe/norm/accuracy")][-1]
         (probed,) = [float(row["probe/norm/accuracy"]) for row in metrics(folder) if row.get("probe/norm/accuracy")]
         assert probed == pytest.approx(float(accuracy))
+
+
+def test_no_thread_of_a_process_group_outlives_its_run(tmp_path: Path) -> None:
+    """One that holds a tensor when Python ends aborts the process, which then fails after all its work is done."""
+    assert fit(tmp_path, "--trainer.strategy=ddp", "--trainer.devices=1", steps=1) == 0
+    assert not torch.distributed.is_initialized()
+    assert not [name for name in threads() if "gloo" in name]
+
+
+def threads() -> list[str]:
+    return [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
 
 
 def test_predict_writes_features_of_a_split(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from masklr.callbacks import Peers, RunCheckpoint, RunState, StepSeed
-from masklr.callbacks.peers import is_loss_of_a_peer
+from masklr.callbacks.peers import is_loss_of_a_peer, leave_peers
 from masklr.checkpoints import WholeCheckpointIO, read
 from masklr.strategies import FullyShard, blocks
 
@@ -87,6 +87,7 @@ def in_one_of_two(rank, port, folder):
     for place, (name, strategy, ckpt_path) in enumerate(runs):
         os.environ.update(world | {"MASTER_PORT": str(port + place)})
         fit(folder, name, strategy, ckpt_path)
+    leave_peers()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
-from torch.distributed import DistError
+import torch.distributed as dist
 
 from masklr.processes import start_of
 
@@ -70,6 +70,12 @@ class Peers(pl.Callback):
             self._watcher = None
 
 
+def leave_peers() -> None:
+    """End the threads of the process group: Python aborts if one of gloo's still holds a tensor when it ends."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def is_loss_of_a_peer(error: Any) -> bool:
     """Whether an error says that another process has ended or did not answer in time."""
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

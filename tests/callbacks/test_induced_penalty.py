@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from masklr.callbacks import InducedPenalty
 from masklr.callbacks.mask_sites import find_sites
+from masklr.callbacks.peers import leave_peers
 from masklr.callbacks.penalties import Penalties
 from masklr.layers import DropConnect, insert
 
@@ -176,6 +177,7 @@ def in_one_of_two(rank, port, folder):
     os.environ |= {**address, "LOCAL_RANK": str(rank)}
     warnings.filterwarnings("ignore")
     validate(folder, strategy="ddp", devices=2)
+    leave_peers()
 
 
 def test_two_processes_predict_what_one_does_and_measure_the_same_mean(tmp_path, read_metrics):

@@ -15,6 +15,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 
 from masklr.callbacks import GradientSpectrum, UpdateSpectrum, WeightSpectrum
+from masklr.callbacks.peers import leave_peers
 
 
 class Transformer(pl.LightningModule):
@@ -101,6 +102,7 @@ def in_one_of_two(rank, port, folder, names):
         os.environ.update(world | {"LOCAL_RANK": str(rank)})
         shards = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
         fit(folder, name, strategy=shards if name == "shards" else "ddp", devices=2)
+    leave_peers()
 
 
 def free_port():

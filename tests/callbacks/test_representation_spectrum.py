@@ -15,6 +15,7 @@ from torch import nn
 
 from masklr.callbacks import RepresentationSpectrum
 from masklr.callbacks.features import pooled
+from masklr.callbacks.peers import leave_peers
 from masklr.callbacks.views import augmented_views, evenly_spaced
 from masklr.data.augment import RandomCrop, RandomHorizontalFlip
 
@@ -606,6 +607,7 @@ def in_one_of_two(rank, port, folder):
     warnings.filterwarnings("ignore")
     for name in RUNS:
         validate(folder / name, name, strategy="ddp", devices=2)
+    leave_peers()
 
 
 RUNS = {
