@@ -132,8 +132,8 @@ def test_loss_and_gradients_are_those_of_the_paper_written_out(make_mae, shape, 
     torch.testing.assert_close(output.loss, loss, rtol=1e-5, atol=1e-5)
     assert ours.keys() == theirs.keys()
     for name, grad in ours.items():
-        torch.testing.assert_close(grad, theirs[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
-    assert all(grad.abs().max() > 0 for grad in ours.values())
+        error = (grad - theirs[name]).abs().max() / theirs[name].abs().max()  # of the largest: zero is none of them
+        assert error < 1e-5, name
 
 
 @pytest.mark.parametrize("encoder_args", ENCODERS.values(), ids=ENCODERS)

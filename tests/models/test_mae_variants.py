@@ -103,8 +103,8 @@ def test_cross_decoder_has_the_loss_and_gradients_of_crossmae_written_out(make_m
     torch.testing.assert_close(output.loss, loss, rtol=1e-5, atol=1e-5)
     assert ours.keys() == theirs.keys()
     for name, grad in ours.items():
-        torch.testing.assert_close(grad, theirs[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
-    assert all(grad.abs().max() > 0 for grad in ours.values())
+        error = (grad - theirs[name]).abs().max() / theirs[name].abs().max()  # of the largest: zero is none of them
+        assert error < 1e-5, name
 
 
 def test_prediction_of_the_cross_decoder_does_not_depend_on_what_else_is_predicted(make_mae):
