@@ -14,16 +14,22 @@ _GRACE = 5.0  # seconds: those that can notice by themselves say why they end
 
 def start_of(pid: int) -> str | None:
     """When a process began, in the kernel's clock; None for one that has ended, or where the kernel does not say."""
+    state, start = _status(pid)
+    # A zombie has ended, but nobody has asked for its exit code, as in a container without an init process.
+    return None if state == "Z" else start
+
+
+def _status(pid: int) -> tuple[str | None, str | None]:
+    """State (Z: zombie, T: stopped) and start of a process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        # A zombie has ended, but nobody has asked for its exit code, as in a container without an init process.
-        return None if fields[0] == "Z" else fields[19]
+        return fields[0], fields[19]
     except (OSError, IndexError):
-        return None
+        return None, None
 
 
 def watch(starts: dict[int, str], grace: float = _GRACE) -> None:
-    """Wait until one of some processes has ended, then kill those that live on after a while.
+    """Wait until one of some processes has ended, then kill the stopped ones, and after a while whatever lives on.
 
     Args:
         starts: What `start_of` says of each, by number: a number can be given again to another process.
@@ -31,10 +37,13 @@ def watch(starts: dict[int, str], grace: float = _GRACE) -> None:
     """
     while all(start_of(pid) == start for pid, start in starts.items()):
         time.sleep(0.2)
-    time.sleep(grace)
-    for pid, start in starts.items():
-        if start_of(pid) == start:
-            os.kill(pid, signal.SIGKILL)
+    deadline, late = time.monotonic() + grace, False
+    while not late and (left := [pid for pid, start in starts.items() if start_of(pid) == start]):
+        time.sleep(min(0.2, grace))
+        late = time.monotonic() >= deadline
+        for pid in left:
+            if (late or _status(pid)[0] == "T") and start_of(pid) == starts[pid]:
+                os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

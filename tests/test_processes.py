@@ -43,6 +43,8 @@ def test_end_of_one_is_the_end_of_all_those_that_stand_still_too(sleepers):
     assert all(process.poll() is None for process in sleepers), "nobody has ended yet"
     sleepers[1].terminate()
     began = time.monotonic()
+    assert sleepers[0].wait(60) == -signal.SIGKILL, "one that is stopped is not waited for"
+    assert sleepers[2].poll() is None
     assert watcher.wait(60) == 0
     assert time.monotonic() - began >= 5, "the others may end by themselves first"
     assert [process.wait(10) for process in sleepers] == [-signal.SIGKILL, -signal.SIGTERM, -signal.SIGKILL]

@@ -17,8 +17,9 @@ class Peers(pl.Callback):
 
     A process learns at once that another was killed, and that one stands still after the strategy's `timeout`; it then
     fails. One that stands still (stopped, or waiting for a dead disk) can do nothing, whichever rank it has: a small
-    process that rank 0 starts watches all those on its machine and kills what is left five seconds after the first has
-    ended. `torchrun` and `srun --kill-on-bad-exit=1` do the same for the processes that they start.
+    process that rank 0 starts watches all those on its machine: when the first has ended it kills those that are
+    stopped, and five seconds later whatever is left. `torchrun` and `srun --kill-on-bad-exit=1` do the same for the
+    processes that they start.
     """
 
     def __init__(self) -> None:
