@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import yaml
+from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import WandbLogger
@@ -20,6 +21,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 import masklr.callbacks
 import masklr.data
 import masklr.tasks  # noqa: F401 (imported so that recipes can use short class names)
+from masklr.allocator import keep_freed_memory
 from masklr.callbacks import NonFinite, Peers, RunCheckpoint, RunState, StepProgress, StepSeed, StepTiming
 from masklr.callbacks.peers import is_loss_of_a_peer, leave_peers
 from masklr.callbacks.predictions import PredictionWriter
@@ -179,6 +181,8 @@ class RecipeCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuse a batch that the processes cannot share before further ones are started, and watch these."""
         trainer = self.trainer
+        if isinstance(trainer.accelerator, CPUAccelerator):
+            keep_freed_memory()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Peers):
                 callback.watch_from_launch(trainer)

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "optim": set(),
     "checkpoints": set(),
     "processes": set(),
+    "allocator": set(),
     "strategies": {"checkpoints"},
     "loggers": {"callbacks.recording", "processes"},
     "summary": set(),
