@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-# Page faults of allocating 20 MB and writing to it, again and again; the fewest, as the heap first finds its shape.
+# Page faults of allocating 40 MB and writing to it, again and again; the fewest, as the heap first finds its shape.
 PROGRAM = """
 import resource, torch
 from masklr.allocator import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(5_000_000)
+    torch.ones(10_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 torch.set_num_threads(1)
