@@ -3,13 +3,14 @@
     pip install 'masklr[bench]' && python scripts/bench_mae.py
     python scripts/bench_mae.py --shapes b --sides 'masklr bf16' 'transformers bf16' --steps 9
 
-A step is forward, backward and AdamW, masks drawn anew. All sides of a shape run in one process, in turns, warm, on
-the same images; seconds are medians, ratios are taken round by round. GFLOP are those of the matrix products; their
-share of the peak is that of two 2,048 x 2,048 matrices (8,192 on a GPU) multiplied between the rounds, in the same
-precision. The floor of masklr's sides is what their matrix products take alone, of the step's real sizes and strides,
-into memory that is at hand: the rest of a step is all else. Peak memory is what weights, optimizer and steps add to a
-process of their own that has imported all it needs (Linux; on a GPU, what torch's allocator counts). Sides in bf16 run
-under autocast, with float32 weights.
+A step is forward, backward and AdamW, masks drawn anew. All sides of a shape run in turns, warm, on the same images,
+each library in a process of its own with the default allocator; on CPUs masklr's keeps freed memory, as `masklr fit`
+does there (not with `--plain`). Seconds are medians, ratios are taken round by round. GFLOP are those of the matrix
+products; their share of the peak is that of two 2,048 x 2,048 matrices (8,192 on a GPU) multiplied between the rounds,
+in the same precision. The floor of masklr's sides is what their matrix products take alone, of the step's real sizes
+and strides, into memory that is at hand: the rest of a step is all else. Peak memory is what weights, optimizer and
+steps add to a process of their own that has imported all it needs (Linux; on a GPU, what torch's allocator counts).
+Sides in bf16 run under autocast, with float32 weights.
 
 Exits with 1 if a line falls short: in bf16 masklr is to lead the fastest peer by a factor (shapes a and b 1.6, c 1.3),
 in fp32 not to be slower (beyond the interval), in neither to need more memory than the thriftiest peer, and a cross
@@ -17,6 +18,7 @@ decoder that predicts a quarter of the masked patches is to be 1.6 times as fast
 """
 
 import argparse
+import multiprocessing
 import platform
 import re
 import statistics
@@ -171,7 +173,7 @@ MAKERS: dict[str, Callable[[Shape], nn.Module]] = {
 
 
 class Steps:
-    """Training steps of one model, in either precision."""
+    """Training steps of one model, in either precision, and what is measured of them."""
 
     def __init__(self, maker: str, shape: Shape, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -192,6 +194,16 @@ class Steps:
         self.optimizer.zero_grad(set_to_none=True)
         if self.images.device.type == "cuda":
             torch.cuda.synchronize()
+
+    def time(self, bf16: bool, compiled: bool) -> float:
+        """Seconds of a step."""
+        return seconds(lambda: self.step(bf16, compiled))
+
+    def floor(self, bf16: bool) -> float:
+        """Seconds that the matrix products of a step take alone."""
+        with Products() as recorded:
+            self.step(bf16)
+        return recorded.floor(self.images.device)
 
     def gflop(self) -> float:
         """Matrix products of a step, in 10^9 operations; attention counted as the products that define it."""
@@ -263,9 +275,50 @@ def ratio_interval(above: list[float], below: list[float]) -> tuple[float, float
     return statistics.median(ratios), low, high
 
 
-def peak_memory(side: str, shape: Shape, device: torch.device) -> float:
+def serve(pipe: Any, maker: str, name: str, device: torch.device, threads: int, plain: bool) -> None:
+    """Do what is asked for through a pipe, in a process of one library's own."""
+    torch.set_num_threads(threads)
+    keep_memory(maker, device, plain)
+    steps = Steps(maker, SHAPES[name], device)
+    while (asked := pipe.recv()) is not None:
+        method, *arguments = asked
+        pipe.send(getattr(steps, method)(*arguments))
+
+
+def keep_memory(maker: str, device: torch.device, plain: bool) -> None:
+    """Treat freed memory as `masklr fit` does."""
+    if maker not in PEERS and device.type == "cpu" and not plain:
+        from masklr.allocator import keep_freed_memory
+
+        keep_freed_memory()
+
+
+class Library:
+    """The `Steps` of a library, in a process of its own."""
+
+    def __init__(self, maker: str, name: str, device: torch.device, plain: bool) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, end = context.Pipe()
+        arguments = (end, maker, name, device, torch.get_num_threads(), plain)
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        self.process.start()
+        end.close()
+
+    def ask(self, method: str, *arguments: bool) -> float:
+        """Call a method of the steps, and wait for its answer."""
+        self.pipe.send((method, *arguments))
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        """End the process."""
+        self.pipe.send(None)
+        self.process.join()
+
+
+def peak_memory(side: str, shape: Shape, device: torch.device, plain: bool) -> float:
     """MiB that model, optimizer and three steps add at their peak to this process."""
     maker, bf16, compiled = SIDES[side]
+    keep_memory(maker, device, plain)
     small = Shape(8, 4, 16, 1, 1, 16, 1, 1, batch=2, lead=0)
     Steps(maker, small, device).step(bf16)  # imports, and what libraries allocate once
     if device.type == "cuda":
@@ -338,34 +391,32 @@ def compare(name: str, options: argparse.Namespace, device: torch.device) -> boo
     """Print the table of a shape; whether all its lines are within their limits."""
     shape = SHAPES[name]
     command = [sys.executable, __file__, "--device", str(device), "--shapes", name, "--memory-of"]
+    plain = ["--plain"] if options.plain else []
     memory = {}
     for side in options.sides if options.memory else []:
-        done = subprocess.run([*command, side], check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run([*command, side, *plain], check=True, stdout=subprocess.PIPE, text=True)
         memory[side] = float(done.stdout)
-    makers: dict[str, Steps] = {}
-    for side in options.sides:
-        makers.setdefault(SIDES[side][0], Steps(SIDES[side][0], shape, device))
-    gflop = {maker: steps.gflop() for maker, steps in makers.items()}
-    recorded: dict[str, Products] = {}
-    for side in options.sides:
-        maker, bf16, _ = SIDES[side]
-        if maker not in PEERS:  # whose attention is one operator
-            with Products() as recorded[side]:
-                makers[maker].step(bf16)
+    libraries = {
+        maker: Library(maker, name, device, options.plain) for maker in {SIDES[s][0]: 0 for s in options.sides}
+    }
+    gflop = {maker: library.ask("gflop") for maker, library in libraries.items()}
     products = {bf16: product(device, bf16) for bf16 in (False, True)}
 
     def one_round() -> tuple[dict[str, float], dict[bool, float]]:
         times = {}
         for side in options.sides:
             maker, bf16, compiled = SIDES[side]
-            times[side] = seconds(lambda: makers[maker].step(bf16, compiled))  # noqa: B023 (called at once)
+            times[side] = libraries[maker].ask("time", bf16, compiled)
         return times, {bf16: min(seconds(run) for _ in range(3)) for bf16, run in products.items()}
 
     for _ in range(2):
         one_round()
     rounds = [one_round() for _ in range(options.steps)]
     times = {side: [found[side] for found, _ in rounds] for side in options.sides}
-    floor = {side: products_of.floor(device) for side, products_of in recorded.items()}
+    own = [side for side in options.sides if SIDES[side][0] not in PEERS]  # peers' attention is one operator
+    floor = {side: libraries[SIDES[side][0]].ask("floor", SIDES[side][1]) for side in own}
+    for library in libraries.values():
+        library.close()
     size = 8192 if device.type == "cuda" else 2048
     peak = {bf16: 2e-9 * size**3 / statistics.median(found[bf16] for _, found in rounds) for bf16 in products}
     sizes = f"{shape.image} px, patch {shape.patch}, width {shape.width} x {shape.depth}"
@@ -393,6 +444,7 @@ def main() -> int:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="sides to run")
     parser.add_argument("--steps", type=int, default=7, help="timed steps of each side")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
+    parser.add_argument("--plain", action="store_true", help="masklr gives freed memory back, as glibc has it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -400,7 +452,7 @@ def main() -> int:
         parser.error(f"expected `--steps` of at least 1, got {options.steps}")
     device = torch.device(options.device)
     if options.memory_of:
-        print(peak_memory(options.memory_of, SHAPES[options.shapes[0]], device))
+        print(peak_memory(options.memory_of, SHAPES[options.shapes[0]], device, options.plain))
         return 0
     print(hardware(device))
     good = [compare(name, options, device) for name in options.shapes]
