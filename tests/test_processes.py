@@ -36,7 +36,8 @@ def test_one_that_has_ended_has_no_start_even_if_nobody_asked_for_its_exit_code(
 def test_end_of_one_is_the_end_of_all_those_that_stand_still_too(sleepers):
     starts = {process.pid: start_of(process.pid) for process in sleepers}
     sleepers[0].send_signal(signal.SIGSTOP)
-    command = [sys.executable, "-m", "masklr.processes", *(f"{pid}:{start}" for pid, start in starts.items())]
+    watched = [f"{pid}:{start}" for pid, start in starts.items()]
+    command = [sys.executable, "-m", "masklr.processes", "inf", *watched]
     watcher = subprocess.Popen(command)
     time.sleep(1)
     assert watcher.poll() is None
@@ -48,6 +49,27 @@ def test_end_of_one_is_the_end_of_all_those_that_stand_still_too(sleepers):
     assert watcher.wait(60) == 0
     assert time.monotonic() - began >= 5, "the others may end by themselves first"
     assert [process.wait(10) for process in sleepers] == [-signal.SIGKILL, -signal.SIGTERM, -signal.SIGKILL]
+
+
+def test_one_that_is_stopped_while_others_are_not_is_the_end_of_all(sleepers):
+    starts = {process.pid: start_of(process.pid) for process in sleepers}
+    sleepers[1].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    watch(starts, grace=0.5, timeout=3)
+    assert [process.wait(10) for process in sleepers] == [-signal.SIGKILL] * 3
+    assert time.monotonic() - began >= 2, "not before it has stood still for a while"
+
+
+def test_all_may_be_stopped_and_go_on(sleepers):
+    watched = [f"{process.pid}:{start_of(process.pid)}" for process in sleepers]
+    for process in sleepers:
+        process.send_signal(signal.SIGSTOP)
+    watcher = subprocess.Popen([sys.executable, "-m", "masklr.processes", "1", *watched])
+    time.sleep(3)
+    assert watcher.poll() is None
+    assert [process.poll() for process in sleepers] == [None] * 3
+    watcher.kill()
+    watcher.wait()
 
 
 def test_process_that_was_given_the_number_of_another_is_left_alone(sleepers):

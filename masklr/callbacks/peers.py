@@ -1,5 +1,6 @@
 """The processes of one run end together."""
 
+import math
 import os
 import subprocess
 import sys
@@ -17,9 +18,9 @@ class Peers(pl.Callback):
 
     A process learns at once that another was killed, and that one stands still after the strategy's `timeout`; it then
     fails. One that stands still (stopped, or waiting for a dead disk) can do nothing, whichever rank it has: a small
-    process that rank 0 starts watches all those on its machine: when the first has ended it kills those that are
-    stopped, and five seconds later whatever is left. `torchrun` and `srun --kill-on-bad-exit=1` do the same for the
-    processes that they start.
+    process that rank 0 starts watches all those on its machine. It kills one that is stopped (SIGSTOP) while others are
+    not, so that all end within the time-out; and when one has ended, after five seconds, whatever is left. `torchrun`
+    and `srun --kill-on-bad-exit=1` do the same for the processes that they start.
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,7 @@ class Peers(pl.Callback):
 
         def watched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             def begin(*args: Any, **kwargs: Any) -> Any:  # called when the others have been started
-                self._watch(launcher)
+                self._watch(trainer)
                 return function(*args, **kwargs)
 
             return launch(begin, *args, **kwargs)
@@ -43,15 +44,18 @@ class Peers(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin to watch."""
-        self._watch(trainer.strategy.launcher)
+        self._watch(trainer)
 
-    def _watch(self, launcher: Any) -> None:
-        started = getattr(launcher, "procs", None)
+    def _watch(self, trainer: pl.Trainer) -> None:
+        started = getattr(trainer.strategy.launcher, "procs", None)
         if not started or self._watcher is not None:
             return
         starts = {pid: start_of(pid) for pid in (os.getpid(), *(process.pid for process in started))}
         if None not in starts.values():
-            command = [sys.executable, "-m", "masklr.processes", *(f"{pid}:{start}" for pid, start in starts.items())]
+            limit = getattr(trainer.strategy, "_timeout", None)
+            seconds = math.inf if limit is None else limit.total_seconds()
+            watched = [f"{pid}:{start}" for pid, start in starts.items()]
+            command = [sys.executable, "-m", "masklr.processes", str(seconds), *watched]
             self._watcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
