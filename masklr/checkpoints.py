@@ -146,6 +146,26 @@ def newest_sound(folder: Path) -> Path | None:
     return None
 
 
+def sound_checkpoint(source: Path) -> Path:
+    """The checkpoint that a path means: the newest sound one of a run's folder, or the file itself, if it is sound.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder, or no sound checkpoint in it.
+        ValueError: The file is torn or damaged.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"Expected a checkpoint or a run's folder, but there is no {source}.")
+    if source.is_dir():
+        folder = source / "checkpoints"
+        checkpoint = newest_sound(folder if folder.is_dir() else source)
+        if checkpoint is None:
+            raise FileNotFoundError(f"Expected a run's folder with a sound checkpoint, but there is none in {source}.")
+        return checkpoint
+    if source.suffix == ".ckpt" and (problem := damage(source)) is not None:
+        raise ValueError(f"Expected a sound checkpoint, got {source}, which {problem}.")
+    return source
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, that of the highest step first; two names of one file count once."""
     found: dict[tuple[int, int], tuple[int, int, Path]] = {}

@@ -35,10 +35,11 @@ def run(arguments: list[str]) -> Path:
         arguments: Those after `masklr export`.
     """
     options = parser().parse_args(arguments)
+    from masklr.checkpoints import sound_checkpoint
     from masklr.export import encoder_architecture, exported, write
 
     source = Path(options.source)
-    checkpoint = _checkpoint(source)
+    checkpoint = sound_checkpoint(source)
     tensors = exported(checkpoint, options.what)
     folder = source if source.is_dir() else source.parent
     name = f"{options.what}.safetensors" if source.is_dir() else f"{source.stem}.{options.what}.safetensors"
@@ -53,20 +54,3 @@ def run(arguments: list[str]) -> Path:
         print(f"model = timm.create_model({architecture[0]!r}{given})")
         print(f"model.load_state_dict(safetensors.torch.load_file({str(out)!r}), strict=True)")
     return out
-
-
-def _checkpoint(source: Path) -> Path:
-    """The file to read: the newest sound one of a run, or the one that is named, if it is sound."""
-    from masklr.checkpoints import damage, newest_sound
-
-    if not source.exists():
-        raise FileNotFoundError(f"Expected a checkpoint or a run's folder, but there is no {source}.")
-    if source.is_dir():
-        folder = source / "checkpoints"
-        checkpoint = newest_sound(folder if folder.is_dir() else source)
-        if checkpoint is None:
-            raise FileNotFoundError(f"Expected a run's folder with a sound checkpoint, but there is none in {source}.")
-        return checkpoint
-    if source.suffix == ".ckpt" and (problem := damage(source)) is not None:
-        raise ValueError(f"Expected a sound checkpoint, got {source}, which {problem}.")
-    return source

@@ -1,24 +1,17 @@
 """The command `masklr measure`. Imports nothing heavy: `masklr measure --help` answers at once."""
 
-import argparse
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from masklr.command_parser import CommandParser
 
 FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors become exceptions of ours, which the command line turns into one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage."""
-        raise ValueError(f"`masklr measure`: {message}")
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Options of `masklr measure`."""
-    made = _Parser(
+    made = CommandParser(
         prog="masklr measure",
         description="Singular values of every weight matrix of a checkpoint or a timm model: a table on the terminal, "
         "and spectra.csv, spectra.npz and spectra.png in a folder.",
@@ -26,7 +19,9 @@ def parser() -> argparse.ArgumentParser:
         "Only tensors are read; a file that needs code to be run is refused.",
         allow_abbrev=False,
     )
-    made.add_argument("source", metavar="CHECKPOINT_OR_TIMM_NAME", help="a file, or the name of a model in timm")
+    made.add_argument(
+        "source", metavar="CHECKPOINT_OR_TIMM_NAME", help="a file, a run's folder, or the name of a model in timm"
+    )
     made.add_argument(
         "--pretrained",
         action="store_true",
@@ -66,6 +61,10 @@ def run(arguments: list[str]) -> Path:
     from masklr.state_dicts import checkpoint_state_dict
 
     source, path = options.source, Path(options.source)
+    if path.is_dir():
+        from masklr.checkpoints import sound_checkpoint
+
+        path = sound_checkpoint(path)
     is_file = path.exists() or path.suffix in FILES or len(path.parts) > 1
     if is_file and not source.startswith(("hf-hub:", "hf_hub:")):
         if options.pretrained:

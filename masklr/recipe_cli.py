@@ -146,6 +146,8 @@ class RecipeCLI(LightningCLI):
             folder = new_run_folder(Path(options.runs), options.name, self._command)
         if self._command == "fit" and process_rank() == "0":
             self.lock = RunLock(folder)
+            if self.resumed is not None:
+                self.resumed.announce()
         self.run_folder = folder
         if trainer.logger is None or trainer.logger is True:
             kwargs["logger"] = run_loggers(

@@ -86,6 +86,8 @@ def _said(message: str, known: list[str], arguments: list[str]) -> str:
         return f"There is no file {found[1]}."
     if found := re.search(r"Problems parsing config: (.*)", message, re.DOTALL):
         return _unreadable(found[1], arguments)
+    if found := re.search(r"the following arguments are required: (.*)", message):
+        return f"Expected a recipe, --config RECIPE.yaml, or at least the options {found[1]}."
     return _misfit(message)
 
 
@@ -95,7 +97,7 @@ def _misfit(message: str) -> str:
     reasons = re.findall(r"^\s*- (?!Does not validate|Expected a <class 'NoneType'>)(.*)$", message, re.MULTILINE)
     key = f"`{lead[1]}`: " if lead else ""
     reason = reasons[0] if reasons else message[lead.end() :] if lead else message
-    given = re.search(r"^\s*Given value: (.*)", message, re.MULTILINE | re.DOTALL)
+    given = re.search(r"(?:^\s*Given value|Got value): (.*)", message, re.MULTILINE | re.DOTALL)
     if given and (wrong := _beside_class_path(given[1])):
         return (
             f"{key}Expected only `class_path` and `init_args` in the entry of a class, got {wrong!r} beside them; "
@@ -105,9 +107,10 @@ def _misfit(message: str) -> str:
         name = found[1].rpartition(".")[2]
         near = [f"{module}.{name}" for module in ROOMS if name in _classes(module) and f"{module}.{name}" != found[1]]
         return f"{key}Expected a {found[2]}, got {found[1]}{did_you_mean(near[0], near) if near else '.'}"
-    if found := re.fullmatch(r"Expected an? <class '(\w+)'>.*", reason.strip()):
+    if re.fullmatch(r"Expected an? <class '\w+'>.*", reason.strip()):
+        kinds = dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", "\n".join(reasons or [reason])))
         told = f", got {shortened(' '.join(given[1].split()), 100)}" if given else ""
-        return f"{key}Expected {KINDS.get(found[1], found[1])}{told}."
+        return f"{key}Expected {' or '.join(KINDS.get(kind, kind) for kind in kinds)}{told}."
     return key + (reason.replace(lead[0], "").strip() if lead else reason)
 
 

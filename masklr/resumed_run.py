@@ -39,7 +39,8 @@ class ResumedRun:
         checkpoint = newest_sound(folder / "checkpoints")
         if checkpoint is None:
             raise FileNotFoundError(
-                f"Expected a run with a checkpoint to resume, but {folder / 'checkpoints'} has no sound one."
+                f"Expected a run with a checkpoint to resume, but {folder / 'checkpoints'} has no sound one; to begin "
+                f"anew: masklr fit --config {self.recipe}"
             )
         content = read(checkpoint)
         state = content.get(STATE, {})
@@ -59,7 +60,7 @@ class ResumedRun:
         return [f"--config={self.recipe}", *self.options, f"--ckpt_path={self.checkpoint}"]
 
     def compare(self, stored: str, recipe: str) -> None:
-        """Tell what the command line changes.
+        """Find what the command line changes.
 
         Args:
             stored: The recipe in the folder with all its values, as YAML.
@@ -80,7 +81,10 @@ class ResumedRun:
             told = "; ".join(f"{key} is {_shown(new)}, not {_shown(old)}" for key, (old, new) in others.items())
             raise ValueError(f"Expected the recipe of {self.folder} to resume it, got another: {told}.")
         self.changes = found
-        told = ", ".join(f"{key} {_shown(new)} instead of {_shown(old)}" for key, (old, new) in found.items())
+
+    def announce(self) -> None:
+        """Tell where the run goes on, and with what changed."""
+        told = ", ".join(f"{key} {_shown(new)} instead of {_shown(old)}" for key, (old, new) in self.changes.items())
         print(
             f"masklr: {self.folder} goes on at step {self.step}" + (f"; {told}" if told else ""),
             file=sys.stderr,

@@ -49,6 +49,8 @@ def summary(folder: Path) -> str:
     means = constant("val/loss_of_patch_means", ".3f", "predicting each patch's mean: {}")
     row("validation loss", "val/loss", ".3f", means)
     row("validation accuracy, %", "val/accuracy", ".1f", scale=100)
+    if "test/accuracy" in values:
+        lines.append(f"{'test accuracy, %':42}{'':>10}{100 * values['test/accuracy'][-1][1]:>10.1f}")
     row("objective, with the masks' penalty", "val/objective", ".4f")
     pixels = constant("probe/pixels/accuracy", ".1f", "raw pixels: {}")
     for key in values:
@@ -71,8 +73,8 @@ def summary(folder: Path) -> str:
             elapsed = max(elapsed, total / share if share else 0.0)  # of the callback that measured last
     if elapsed:
         lines.append(f"{'measuring, share of the run':42}{'':>10}{spent / elapsed:>10.1%}")
-    pictures = sorted((folder / "pictures").rglob("step=*.png"))
-    if pictures:
-        lines.append(f"picture: {pictures[-1]}")
+    pictures = list((folder / "pictures").rglob("step=*.png"))
+    if pictures:  # the latest; of several the one that shows most at a glance
+        lines.append(f"picture: {max(pictures, key=lambda path: (path.name, 'reconstructions' in path.parts))}")
     lines.append(f"run: {folder}")
     return "\n".join(lines)

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Time and peak memory of DropConnectLinear beside nn.Linear, and beside nn.Linear followed by nn.Dropout.
 
     python scripts/bench_layers.py

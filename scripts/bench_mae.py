@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Time a training step of the masked autoencoder beside those of transformers and lightly, at three shapes.
 
     pip install 'masklr[bench]' && python scripts/bench_mae.py

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """What a resumed run costs beyond loading, and what StepSeed costs in a step.
 
     python scripts/bench_resume.py

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Time the measurements beside the plain SVD, WeightWatcher, and the training that they watch.
 
     pip install 'masklr[bench]' && python scripts/bench_spectra.py

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """The penalty that dropout induces, by every prediction and by real masks, on digits.
 
     python scripts/penalty_table.py

@@ -257,6 +257,13 @@ def test_mistake_in_a_recipe_is_one_sentence_and_leaves_no_folder(
     ("arguments", "told"),
     [
         (["fitt"], "did you mean fit"),
+        (["zzz"], "there are fit, validate, test, predict, measure, export."),
+        (["fit"], "Expected a recipe, --config RECIPE.yaml, or at least the options fit.data, fit.model."),
+        (
+            ["fit", f"--config={RECIPE}", "--seed_everything=x"],
+            "`seed_everything`: Expected true or false or an integer, got x.",
+        ),
+        (["fit", f"--config={RECIPE}", "--data.batch_size=x"], "`batch_size`: Expected an integer, got x."),
         (["fit", "--config=nowhere.yaml"], "There is no file"),
         (["fit", f"--config={RECIPE}", "--trainer.max_step=3"], "did you mean trainer.max_steps"),
         (["fit", f"--config={RECIPE}", "--data.init_args.foo=3"], "`Digits` has no option 'foo'"),

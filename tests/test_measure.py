@@ -258,6 +258,16 @@ def test_checkpoint_of_a_run_reads_as_its_callback_measured_it(run_checkpoint, t
     assert any(name.startswith("model.decoder") for name in found)
 
 
+def test_folder_of_a_run_means_its_newest_checkpoint(run_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["measure", str(run_checkpoint), "--out", "of_run"]) == 0
+    assert main(["measure", str(run_checkpoint / "checkpoints" / "last.ckpt"), "--out", "of_file"]) == 0
+    of_run, of_file = (np.load(tmp_path / name / "spectra.npz") for name in ("of_run", "of_file"))
+    assert set(of_run) == set(of_file)
+    for name in of_run:
+        np.testing.assert_array_equal(of_run[name], of_file[name])
+
+
 def test_help_of_measure_imports_nothing_heavy():
     code = (
         "import sys\nfrom masklr.cli import main\n"
@@ -292,6 +302,7 @@ def pickled(path):
     [
         (["missing.ckpt"], None, "there is no file missing.ckpt"),
         (["runs/missing"], None, "there is no file runs/missing"),
+        (["runs"], lambda path: path.mkdir(), "a run's folder with a sound checkpoint, but there is none in runs"),
         (["a.ckpt"], truncated, "Cannot read a.ckpt: it is truncated, or no checkpoint."),
         (["a.pt"], pickled, "Refused to read a.pt: it needs code to be run, timm.models.vision_transformer."),
         (["a.safetensors"], truncated, "it is truncated, or no safetensors file."),

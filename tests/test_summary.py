@@ -74,6 +74,26 @@ def test_value_older_than_the_run_says_when_it_was_measured(tmp_path):
     assert "measured at step 4" in line(text, "validation loss")
 
 
+def test_test_accuracy_is_that_of_the_end(tmp_path):
+    write(tmp_path, "200,0.654", header="step,test/accuracy\n")
+    assert line(summary(tmp_path), "test accuracy, %").split() == ["test", "accuracy,", "%", "65.4"]
+
+
+def test_picture_is_the_latest_and_of_several_the_reconstructions(tmp_path):
+    for name in (
+        "weight_spectrum/step=00000010.png",
+        "reconstructions/step=00000010.png",
+        "weight_spectrum/step=00000002.png",
+    ):
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert f"picture: {tmp_path / 'pictures' / 'reconstructions' / 'step=00000010.png'}" in summary(tmp_path)
+    path = tmp_path / "pictures" / "weight_spectrum" / "step=00000011.png"
+    path.touch()
+    assert f"picture: {path}" in summary(tmp_path)
+
+
 def test_accuracy_is_shown_in_percent_and_the_objective_as_it_is(tmp_path):
     write(tmp_path, "0,0.1,19.5", "200,0.9871,19.25", header="step,val/accuracy,val/objective\n")
     text = summary(tmp_path)

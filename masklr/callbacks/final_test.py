@@ -1,5 +1,6 @@
 """Accuracy on the test split, once, when all is decided."""
 
+from itertools import islice
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,7 +17,7 @@ class FinalTest(pl.Callback):
     The weights are those of the last step, or their running average where Lightning's `WeightAveraging` (or
     `EMAWeightAveraging`) stands before this callback: no checkpoint is chosen by what is measured. Logs
     `test/accuracy`, a share in [0, 1], and `test/loss`, the cross-entropy, of what `forward` returns for the images of
-    the data module's `test_dataloader()`.
+    the data module's `test_dataloader()`; of all, unless the trainer's `limit_test_batches` says less.
 
     Args:
         inputs: Where a batch has its images: an index or a key.
@@ -39,7 +40,10 @@ class FinalTest(pl.Callback):
         """Measure the split and log it at the last step."""
         loss, accuracy = MeanMetric().to(pl_module.device), MeanMetric().to(pl_module.device)
         with self._recording.measurement(), evaluation(trainer, pl_module):
-            for batch in self._test_dataloader(trainer)():
+            loader, limit = self._test_dataloader(trainer)(), trainer.limit_test_batches
+            share = limit * len(loader) if isinstance(limit, float) and limit < 1 else None
+            count = share if isinstance(limit, float) else limit
+            for batch in islice(loader, None if count is None else int(count)):
                 batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
                 labels = element(batch, self.labels, "labels")
                 logits = pl_module(element(batch, self.inputs, "inputs")).float()

@@ -33,7 +33,7 @@ def log_split(task: pl.LightningModule, split: str, metrics: Mapping[str, Metric
     trainer = task.trainer
     if not trainer.sanity_checking:
         # Lightning's own count is one short here: it stands at the index of the last batch.
-        task.log_dict({**named, "step": float(trainer.global_step)})
+        task.log_dict({**named, "step": float(trainer.global_step)}, sync_dist=True)
         return
     values = {key: metric.compute().item() for key, metric in named.items()}
     begin_split(named)

@@ -179,6 +179,17 @@ def test_last_weights_or_their_average_are_tested_once_at_the_end(
     assert found["val/accuracy"][-1][0] == 8
 
 
+@pytest.mark.parametrize("limit", [1, 0.5])
+def test_final_test_is_of_as_many_batches_as_the_trainer_allows(pretrained, make_trainer, make_digits, tmp_path, limit):
+    task, data = make(classifier(pretrained)), make_digits()
+    make_trainer(tmp_path, max_steps=1, callbacks=[FinalTest()], limit_test_batches=limit).fit(task, data)
+    result = make_trainer(tmp_path / "test", logger=False, limit_test_batches=limit)
+    expected = result.test(task, data, verbose=False)[0]["test/loss"]
+    assert series(tmp_path)["test/loss"] == [(1, pytest.approx(expected, rel=1e-5))]
+    whole = make_trainer(tmp_path / "whole", logger=False).test(task, data, verbose=False)[0]["test/loss"]
+    assert expected != pytest.approx(whole, rel=1e-4)
+
+
 def test_final_test_without_a_test_split_is_refused_before_training(pretrained, make_trainer, plain_loaders, tmp_path):
     task = make(classifier(pretrained))
     with pytest.raises(ValueError, match="Expected a data module with a test split"):
