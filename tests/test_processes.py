@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -60,6 +61,16 @@ def test_one_that_is_stopped_while_others_are_not_is_the_end_of_all(sleepers):
     assert time.monotonic() - began >= 2, "not before it has stood still for a while"
 
 
+def test_when_work_is_done_only_one_that_stays_stopped_is_killed(sleepers):
+    starts = {process.pid: start_of(process.pid) for process in sleepers}
+    sleepers[0].terminate()
+    sleepers[1].send_signal(signal.SIGSTOP)
+    ended = threading.Timer(5, sleepers[2].terminate)
+    ended.start()
+    watch(starts, grace=0.5, timeout=2, finishing=lambda: True)
+    assert [process.wait(10) for process in sleepers] == [-signal.SIGTERM, -signal.SIGKILL, -signal.SIGTERM]
+
+
 def test_all_may_be_stopped_and_go_on(sleepers):
     watched = [f"{process.pid}:{start_of(process.pid)}" for process in sleepers]
     for process in sleepers:
@@ -91,4 +102,14 @@ def test_watching_begins_when_the_others_have_been_started_and_before_anything_i
     peers.watch_from_launch(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)))
     assert peers._watcher is None
     assert launcher.launch(lambda value: (value, peers._watcher.poll()), 3) == (3, None)
-    peers._stop_watching()
+    watcher = peers._watcher
+    time.sleep(1)  # until it listens
+    strategy = SimpleNamespace(launcher=launcher, barrier=lambda name: None)
+    peers.teardown(SimpleNamespace(strategy=strategy), None, "fit")
+    sleepers[0].terminate()
+    sleepers[0].wait()
+    time.sleep(1)
+    assert watcher.poll() is None
+    assert [process.poll() for process in sleepers[1:]] == [None] * 2, "work is done: each ends when it likes"
+    watcher.kill()
+    watcher.wait()

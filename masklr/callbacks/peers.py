@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,18 +61,17 @@ class Peers(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Nobody waits for another from here on: each process may end when it likes."""
-        self._stop_watching()
         trainer.strategy.barrier("masklr.callbacks.Peers")
+        self._let_end()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Processes that end at a signal have agreed on it; otherwise the watcher is needed now."""
         if isinstance(exception, SystemExit):
-            self._stop_watching()
+            self._let_end()
 
-    def _stop_watching(self) -> None:
+    def _let_end(self) -> None:
         if self._watcher is not None:
-            self._watcher.kill()
-            self._watcher.wait()
+            self._watcher.send_signal(signal.SIGUSR1)
             self._watcher = None
 
 
