@@ -65,7 +65,8 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
     if near:
         return f"; did you mean {', '.join(near)}?"
-    return f"; there are {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}." if known else "; there are none."
+    more = f" and {len(known) - 8} more" if len(known) > 8 else ""
+    return f"; there are {', '.join(known[:8])}{more}." if known else "; there are none."
 
 
 def _expression(pattern: str) -> re.Pattern[str]:

@@ -46,7 +46,7 @@ def test_patterns_take_names_from_an_iterator_once():
     [
         ("depht", ["image", "depth"], "; did you mean depth?"),
         ("zzz", ["a", "b"], "; there are a, b."),
-        ("zzz", list("abcdefg"), "; there are a, b, c, d, e, ...."),
+        ("zzz", list("abcdefghij"), "; there are a, b, c, d, e, f, g, h and 2 more."),
         ("zzz", [], "; there are none."),
     ],
 )
