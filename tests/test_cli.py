@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from masklr.cli import main
+from masklr.cli import main, sentence_of
 
 RECIPE = Path(__file__).parents[1] / "configs" / "pretrain_digits.yaml"
 MODEL = "--model.init_args.model.init_args."
@@ -274,6 +274,18 @@ def test_mistake_on_the_command_line_is_one_sentence(
     arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert told in answer(capsys, arguments)
+
+
+@pytest.mark.parametrize(
+    ("told", "end"),
+    [
+        ("DataLoader worker (pid 12) is killed by signal: Killed. ", "but 12 has ended (signal: Killed)."),
+        ("DataLoader worker (pid(s) 12, 13) exited unexpectedly", "but 12, 13 has ended."),
+    ],
+)
+def test_killed_worker_is_told_with_its_signal_where_torch_knows_it(told: str, end: str) -> None:
+    sentence = sentence_of(RuntimeError(told))
+    assert sentence == f"Expected the worker processes of the data (`num_workers`) to go on, {end}"
 
 
 def test_missing_shards_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
