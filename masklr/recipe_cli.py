@@ -41,6 +41,16 @@ class SaveRecipe(SaveConfigCallback):
 
     resumed: ResumedRun | None = None
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write the recipe of a new run at once."""
+        if self.resumed is None:
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write that of a resumed run once its checkpoint was taken: options that do not fit leave it as it was."""
+        if self.resumed is not None and trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
+
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write `config.yaml`, whole or not at all; called on rank 0."""
         text = self.parser.dump(self.config, skip_none=False)

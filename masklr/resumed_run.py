@@ -71,7 +71,8 @@ class ResumedRun:
         """
         found = changes(yaml.safe_load(stored), yaml.safe_load(recipe))
         found = {key: values for key, values in found.items() if key not in _NOT_COMPARED}
-        flags = [_short(option.partition("=")[0][2:]) for option in self.options if option.startswith("--")]
+        options = [option.partition("=")[0][2:] for option in self.options if option.startswith("--")]
+        flags = [_short(option.removesuffix(".class_path")) for option in options]  # a class is a whole entry
         others = {
             key: values
             for key, values in found.items()

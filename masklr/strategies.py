@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.strategies import ModelParallelStrategy
+import torch
+from pytorch_lightning.strategies import ModelParallelStrategy, StrategyRegistry
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -62,9 +63,51 @@ class FullyShard(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint whose checksum is right; nothing but tensors and plain values."""
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_model_state_dict,
+            set_optimizer_state_dict,
+        )
+
         if (problem := damage(Path(checkpoint_path))) is not None:
             raise ValueError(f"Expected a sound checkpoint, got {checkpoint_path}, which {problem}.")
-        return super().load_checkpoint(checkpoint_path, weights_only=True)
+        module = self.lightning_module
+        assert module is not None
+        checkpoint = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=True)
+        saved = [sizes(state) for state in checkpoint.get("optimizer_states", [])]
+        wanted = [sizes(optimizer) for optimizer in self.optimizers]
+        if self.optimizers and saved != wanted:
+            raise ValueError(
+                f"Expected a checkpoint of the same optimizers, got {checkpoint_path}, whose groups have {saved} "
+                f"parameters, not {wanted}."
+            )
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=module.strict_loading)
+        set_model_state_dict(module, checkpoint.pop("state_dict"), options=options)
+        for place, optimizer in enumerate(self.optimizers):  # none where nothing is trained
+            state = _by_name(checkpoint["optimizer_states"][place], optimizer, module)
+            set_optimizer_state_dict(module, optimizer, state, options=options)
+        return checkpoint
+
+
+def sizes(optimizer: torch.optim.Optimizer | dict[str, Any]) -> list[int]:
+    """How many parameters each group of an optimizer, or of its saved state, has."""
+    groups = optimizer["param_groups"] if isinstance(optimizer, dict) else optimizer.param_groups
+    return [len(group["params"]) for group in groups]
+
+
+def _by_name(state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
+    """An optimizer's saved state, which numbers parameters in the order of the groups, by their names.
+
+    Lightning takes the numbers for places in the module, which they are not where there are groups or frozen weights.
+    """
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    groups = [
+        dict(saved, params=[names[parameter] for parameter in group["params"]])
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    name_of = dict(zip(numbers, [name for group in groups for name in group["params"]], strict=True))
+    return {"state": {name_of[number]: values for number, values in state["state"].items()}, "param_groups": groups}
 
 
 def _sharded() -> None:
@@ -101,3 +144,7 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
                     yield from blocks(entry)
         else:
             yield from blocks(child)
+
+
+# So that `strategy="FullyShard"` is enough: Lightning looks names up in lower case.
+StrategyRegistry.register("fullyshard", FullyShard)

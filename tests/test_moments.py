@@ -1,12 +1,9 @@
 import math
-import os
 import pickle
-import socket
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +17,7 @@ from masklr.spectra import (
     participation_ratio,
     stable_rank,
 )
+from tests.two_processes import in_two_processes
 
 
 def features(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
@@ -238,9 +236,8 @@ def test_update_observes_only():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def sum_over_ranks(rank: int, port: int) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def sum_over_ranks(rank: int) -> None:
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     x = features(50, 6)
     for parts in ([x[:20], x[20:]], [x, None]):  # the second time rank 1 sees nothing and knows no size
         metric = SecondMoment()
@@ -268,12 +265,7 @@ def sum_over_ranks(rank: int, port: int) -> None:
     ridge_moments.update(x, labels, positions)
     assert ridge_moments.compute().class_count.sum(0).tolist() == [25 + 17, 25 + 17, 16]
     torch.testing.assert_close(ridge_moments.compute().gram.sum(0), 2 * x.double().T @ x.double())
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # Python's own end aborts if a thread of gloo's still holds a tensor
 
 
 def test_moments_are_summed_over_ranks():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(sum_over_ranks, args=(port,), nprocs=2)
+    in_two_processes(sum_over_ranks)

@@ -20,6 +20,7 @@ from pytorch_lightning import Callback
 from masklr import __version__, checkpoints
 from masklr.checkpoints import read, write
 from masklr.cli import main
+from masklr.resumed_run import ResumedRun
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "tests" / "faults" / "digits.yaml"
@@ -268,6 +269,28 @@ def test_flag_wins_over_the_recipe_and_is_reported(interrupted: Path, capsys: py
     assert [group["lr"] for group in state["optimizer_states"][0]["param_groups"]] == [0.1, 0.1]
     assert yaml.safe_load((interrupted / "config.yaml").read_text())["trainer"]["max_steps"] == 6
     assert (interrupted / "config_until_step=00000005.yaml").read_text() == former
+
+
+def test_flag_that_does_not_fit_leaves_the_run_as_it_was(
+    runs, interrupted: Path, faults: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(interrupted)
+    told = answer(capsys, ["fit", f"--resume={interrupted}", "--model.init_args.model.init_args.decoder_depth=2"])
+    assert "decoder_blocks.1" in told
+    after = contents(interrupted)
+    assert {path: after[path] for path in before} == before
+    assert after.keys() - before.keys() <= {interrupted / "run.lock"}
+    assert main(["fit", f"--resume={interrupted}"]) == 0
+    assert faults.differences(runs[0], interrupted) == []
+
+
+def test_flag_of_a_class_wins_over_the_recipe(interrupted: Path) -> None:
+    resumed = ResumedRun(interrupted, ["--trainer.strategy.class_path", "FullyShard"])
+    sharded = {"class_path": "masklr.strategies.FullyShard", "init_args": {"timeout": "0:30:00"}}
+    resumed.compare("trainer: {strategy: auto}", yaml.safe_dump({"trainer": {"strategy": sharded}}))
+    assert resumed.changes == {"trainer.strategy": ("auto", sharded)}
+    with pytest.raises(ValueError, match=r"got another: trainer\.devices is 2, not 1"):
+        resumed.compare("trainer: {devices: 1}", "trainer: {devices: 2}")
 
 
 def test_learning_rate_on_the_command_line_holds_from_the_first_step(interrupted: Path) -> None:

@@ -1,7 +1,5 @@
 """Two processes that hold parts of the weights train as two that hold all of them, and go on exactly."""
 
-import os
-import socket
 import warnings
 from datetime import timedelta
 
@@ -9,13 +7,13 @@ import pytest
 import pytorch_lightning as pl
 import timm
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 from masklr.callbacks import Peers, RunCheckpoint, RunState, StepSeed
-from masklr.callbacks.peers import is_loss_of_a_peer, leave_peers
+from masklr.callbacks.peers import is_loss_of_a_peer
 from masklr.checkpoints import WholeCheckpointIO, read
 from masklr.strategies import FullyShard, blocks
+from tests.two_processes import in_two_processes
 
 
 class Sharded(pl.Callback):
@@ -50,13 +48,11 @@ def make_task():
     return Pretraining(model, Optim(base_lr=4e-3), mean=[0.305], std=[0.376], masks=masks)
 
 
-def fit(folder, name, strategy, ckpt_path=None):
-    from masklr.data import Digits
-
+def trainer_of(folder, name, strategy):
     warnings.filterwarnings("ignore")
     checkpoints = RunCheckpoint(every_n_steps=1, keep_last=9, best=None)
     observers = [Sharded()] if isinstance(strategy, FullyShard) else []
-    trainer = pl.Trainer(
+    return pl.Trainer(
         accelerator="cpu",
         devices=2,
         strategy=strategy,
@@ -73,31 +69,44 @@ def fit(folder, name, strategy, ckpt_path=None):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(make_task(), datamodule=Digits(batch_size=64), ckpt_path=ckpt_path)
 
 
-def in_one_of_two(rank, port, folder):
-    torch.set_num_threads(1)
-    world = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+def fit(folder, name, strategy, ckpt_path=None):
+    trainer_of(folder, name, strategy).fit(make_task(), datamodule=digits(), ckpt_path=ckpt_path)
+
+
+def digits():
+    from masklr.data import Digits
+
+    return Digits(batch_size=64)
+
+
+def in_one_of_two(rank, folder):
     runs = [("whole", "ddp", None), ("parts", FullyShard(timedelta(minutes=5)), None)]
     runs += [
         (f"from_{step}", FullyShard(timedelta(minutes=5)), folder / "parts" / "checkpoints" / f"step={step:08d}.ckpt")
         for step in (2, 3)  # 3: after a validation
     ]
-    for place, (name, strategy, ckpt_path) in enumerate(runs):
-        os.environ.update(world | {"MASTER_PORT": str(port + place)})
+    whole = folder / "whole" / "checkpoints" / "step=00000002.ckpt"
+    runs.append(("whole_then_parts", FullyShard(timedelta(minutes=5)), whole))
+    for name, strategy, ckpt_path in runs:
         fit(folder, name, strategy, ckpt_path)
-    leave_peers()
-    os._exit(0)  # Python's own end aborts if a thread of gloo's still holds a tensor
+    measured = []
+    for strategy in ("ddp", FullyShard(timedelta(minutes=5))):
+        trainer = trainer_of(folder, "measured", strategy)
+        measured += trainer.validate(make_task(), digits(), ckpt_path=whole, verbose=False)
+    torch.save(measured, folder / f"measured_{rank}.pt")
+    trainer = trainer_of(folder, "refused", FullyShard(timedelta(minutes=5)))
+    task = make_task()
+    task.model.encoder.norm.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"same optimizers, got .*, whose groups have \[\[19, 41\]\] parameters, not"):
+        trainer.fit(task, datamodule=digits(), ckpt_path=whole)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("strategies")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(in_one_of_two, args=(port, folder), nprocs=2)
+    in_two_processes(in_one_of_two, folder)
     return folder
 
 
@@ -125,6 +134,35 @@ def test_checkpoint_of_sharded_weights_is_that_of_one_process(folder):
     assert len(states) == len(trained)
     shapes = sorted(tuple(state["exp_avg"].shape) for state in states.values())
     assert shapes == sorted(tuple(parameter.shape) for parameter in trained)
+
+
+def test_run_of_whole_weights_goes_on_with_sharded_ones(folder):
+    whole, resumed = last(folder, "whole"), last(folder, "whole_then_parts")
+    groups = [[group["params"] for group in run["optimizer_states"][0]["param_groups"]] for run in (whole, resumed)]
+    states = [run["optimizer_states"][0]["state"] for run in (whole, resumed)]
+    # Numbers differ, their order in the groups does not.
+    numbers = zip(*([number for group in run for number in group] for run in groups), strict=True)
+    for one, other in numbers:
+        for key in ("exp_avg", "exp_avg_sq"):
+            value = states[0][one][key]
+            torch.testing.assert_close(states[1][other][key], value, rtol=1e-3, atol=1e-2 * float(value.abs().max()))
+    before = make_task().state_dict()
+    moved = max(float((whole["state_dict"][name] - before[name]).abs().max()) for name in before)
+    for name, value in whole["state_dict"].items():
+        torch.testing.assert_close(resumed["state_dict"][name], value, rtol=1e-3, atol=1e-2 * moved, msg=name)
+
+
+def test_whole_weights_are_measured_with_sharded_ones(folder):
+    for rank in (0, 1):
+        whole, parts = torch.load(folder / f"measured_{rank}.pt")
+        assert whole.keys() == parts.keys()
+        assert "val/loss" in whole
+        assert parts["val/loss"] == pytest.approx(whole["val/loss"], rel=1e-4)
+
+
+def test_name_is_enough():
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="FullyShard", logger=False, enable_checkpointing=False)
+    assert type(trainer.strategy) is FullyShard
 
 
 @pytest.mark.parametrize("step", [2, 3])

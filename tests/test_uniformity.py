@@ -1,14 +1,11 @@
 """The processes of one test import this file: nothing heavy at its head."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import distributed as dist
 
 from masklr.uniformity import of_all_processes, uniformity
+from tests.two_processes import in_two_processes
 
 
 def by_pairs(features, temperature=0.1):
@@ -94,17 +91,14 @@ def test_negative_weight_raises(make_task):
         make_task(uniformity_weight=-0.1)
 
 
-def value_in_one_of_two(rank, port, features, folder):
+def value_in_one_of_two(rank, features, folder):
     """The term, and its gradient in a shared weight as data-parallel training averages it, by one of two processes."""
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     dist.init_process_group("gloo", rank=rank, world_size=2)
     weight = torch.ones(5, requires_grad=True)
     value = uniformity(of_all_processes(features[rank * 4 : rank * 4 + 4] * weight))
     value.backward()
     dist.all_reduce(weight.grad)
     torch.save((value.detach(), weight.grad / 2), folder / f"{rank}.pt")
-    dist.destroy_process_group()
-    os._exit(0)  # Python's own end aborts if a thread of gloo's still holds a tensor
 
 
 def test_two_processes_compute_the_term_of_the_whole_batch_and_its_gradient(tmp_path):
@@ -112,10 +106,7 @@ def test_two_processes_compute_the_term_of_the_whole_batch_and_its_gradient(tmp_
     features, weight = torch.randn(8, 5), torch.ones(5, requires_grad=True)
     value = uniformity(of_all_processes(features * weight))
     value.backward()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(value_in_one_of_two, args=(port, features, tmp_path), nprocs=2)
+    in_two_processes(value_in_one_of_two, features, tmp_path)
     for rank in range(2):
         found, grad = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(found, value.detach())

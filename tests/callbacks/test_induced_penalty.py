@@ -1,21 +1,17 @@
 import copy
-import os
-import socket
-import warnings
 
 import pytest
 import pytorch_lightning as pl
 import torch
-import torch.multiprocessing as mp
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from masklr.callbacks import InducedPenalty
 from masklr.callbacks.mask_sites import find_sites
-from masklr.callbacks.peers import leave_peers
 from masklr.callbacks.penalties import Penalties
 from masklr.layers import DropConnect, insert
+from tests.two_processes import in_two_processes
 
 
 def masked_network():
@@ -171,21 +167,12 @@ def validate(folder, **options):
         trainer.validate(Digit(), datamodule=Digits(batch_size=32, val_fraction=0.25), verbose=False)
 
 
-def in_one_of_two(rank, port, folder):
-    torch.set_num_threads(1)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    os.environ |= {**address, "LOCAL_RANK": str(rank)}
-    warnings.filterwarnings("ignore")
+def in_one_of_two(rank, folder):
     validate(folder, strategy="ddp", devices=2)
-    leave_peers()
-    os._exit(0)  # Python's own end aborts if a thread of gloo's still holds a tensor
 
 
 def test_two_processes_predict_what_one_does_and_measure_the_same_mean(tmp_path, read_metrics):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(in_one_of_two, args=(port, tmp_path / "two"), nprocs=2)
+    in_two_processes(in_one_of_two, tmp_path / "two")
     validate(tmp_path / "one")
     for name in ("all", "some"):
         one, two = (read_metrics(tmp_path / folder / name) for folder in ("one", "two"))

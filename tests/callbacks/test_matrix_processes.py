@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import warnings
 
 import pytest
@@ -15,7 +14,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 
 from masklr.callbacks import GradientSpectrum, UpdateSpectrum, WeightSpectrum
-from masklr.callbacks.peers import leave_peers
+from tests.two_processes import free_port, in_two_processes, one_of_two
 
 
 class Transformer(pl.LightningModule):
@@ -95,28 +94,17 @@ def fit(folder, name, **options):
     (folder / f"{name}_{trainer.global_rank}.json").write_text(json.dumps(kept))
 
 
-def in_one_of_two(rank, port, folder, names):
-    torch.set_num_threads(1)
-    for i, name in enumerate(names):
-        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + i), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-        os.environ.update(world | {"LOCAL_RANK": str(rank)})
+def in_one_of_two(rank, folder, names):
+    for name in names:
         shards = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
         fit(folder, name, strategy=shards if name == "shards" else "ddp", devices=2)
-    leave_peers()
-    os._exit(0)  # Python's own end aborts if a thread of gloo's still holds a tensor
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Of the same run by one process, by two, and by two that hold shards."""
     folder = tmp_path_factory.mktemp("processes")
-    context = mp.spawn(in_one_of_two, args=(free_port(), folder, ["ddp", "shards"]), nprocs=2, join=False)
+    context = in_two_processes(in_one_of_two, folder, ["ddp", "shards"], join=False)
     with warnings.catch_warnings():
         fit(folder, "one")
     while not context.join():
@@ -149,8 +137,8 @@ def test_every_process_knows_what_was_measured(folder, name):
 
 def test_a_process_that_dies_ends_the_other(tmp_path):
     context = mp.get_context("spawn")
-    args = (free_port(), tmp_path, ["dies"])
-    processes = [context.Process(target=in_one_of_two, args=(rank, *args)) for rank in range(2)]
+    args = (free_port(), in_one_of_two, tmp_path, ["dies"])
+    processes = [context.Process(target=one_of_two, args=(rank, *args)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -1,23 +1,19 @@
-import os
 import random
-import socket
-import warnings
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import scipy.linalg
 import torch
-import torch.multiprocessing as mp
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 
 from masklr.callbacks import RepresentationSpectrum
 from masklr.callbacks.features import pooled
-from masklr.callbacks.peers import leave_peers
 from masklr.callbacks.views import augmented_views, evenly_spaced
 from masklr.data.augment import RandomCrop, RandomHorizontalFlip
+from tests.two_processes import in_two_processes
 
 LAYERS = ["network.3", "network.4"]
 
@@ -594,21 +590,10 @@ def test_several_in_one_trainer_write_apart_or_raise(
 # ------------------------------------------------------------------------------------------------ two processes
 
 
-def in_one_of_two(rank, port, folder):
+def in_one_of_two(rank, folder):
     """One of two processes that validate as Lightning's DDP has it."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "NODE_RANK": "0",
-        "LOCAL_RANK": str(rank),
-    }
-    warnings.filterwarnings("ignore")
     for name in RUNS:
         validate(folder / name, name, strategy="ddp", devices=2)
-    leave_peers()
-    os._exit(0)  # Python's own end aborts if a thread of gloo's still holds a tensor
 
 
 RUNS = {
@@ -685,10 +670,7 @@ class Numbers(pl.LightningModule):
 def two_processes(tmp_path_factory):
     """Folders of the same validations by one process and by two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(in_one_of_two, args=(port, two), nprocs=2)
+    in_two_processes(in_one_of_two, two)
     for name in RUNS:
         validate(one / name, name)
     return one, two

@@ -24,3 +24,13 @@ def test_run_of_two_processes_that_hold_parts_of_the_weights_survives_too() -> N
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 processes, FullyShard: 1 kills in" in done.stdout
     assert "differences: 0" in done.stdout
+
+
+def test_forked_run_of_two_processes_is_killed_and_survives() -> None:
+    options = ["--fork", "--kills", "2", "--processes", "2", "--precision", "32-true", "--workers", "0", "--seed", "2"]
+    run = [sys.executable, str(ROOT / "scripts" / "faults"), *options, "--trainer.max_steps=40"]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 processes, DDPStrategy: 2 kills in" in done.stdout
+    assert "all had ended after one was killed" in done.stdout
+    assert "differences: 0" in done.stdout

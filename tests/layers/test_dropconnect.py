@@ -1,8 +1,6 @@
 import copy
 import math
-import os
 import pickle
-import socket
 
 import jaxtyping
 import pytest
@@ -14,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from masklr import masks
 from masklr.layers import DropConnectConv2d, DropConnectLinear
 from masklr.masks import kept_share
+from tests.two_processes import in_two_processes
 
 PERS = ["batch", "sample"]
 
@@ -420,9 +419,8 @@ def test_a_checkpointed_block_that_is_compiled_recomputes_the_same_masks(per, co
     assert torch.allclose(layer.weight.grad, kept * 8.0 * layer.weight.detach())
 
 
-def train_on_rank(rank, port, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def train_on_rank(rank, folder):
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     network = nn.Sequential(
         linear("batch", dtype=torch.float32, seed=rank),  # DDP hands out the weights of rank 0
         DropConnectLinear(5, 8, per="sample"),
@@ -438,15 +436,10 @@ def train_on_rank(rank, port, folder):
         parallel(torch.randn(4, 6)).square().mean().backward()
         optimizer.step()
     torch.save(([*network.parameters()], [p.grad for p in network.parameters()]), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # Python's own end aborts if a thread of gloo's still holds a tensor
 
 
 def test_two_processes_with_masks_of_their_own_stay_in_step(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(train_on_rank, args=(port, str(tmp_path)), nprocs=2)
+    in_two_processes(train_on_rank, tmp_path)
     (parameters, gradients), other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert len(parameters) == 8
     assert all(torch.equal(a, b) for a, b in zip(parameters, other[0], strict=True))
