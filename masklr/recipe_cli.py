@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import shutil
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.strategies import ModelParallelStrategy
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import masklr.callbacks
 import masklr.data
@@ -222,8 +224,12 @@ def run(arguments: list[str]) -> Path:
     _quiet()
     try:
         folder = _run(arguments)
-    except SystemExit:  # at a signal on which all processes agreed
+    except SystemExit as stopped:  # at a signal on which all processes agreed, or that came too early or twice
         leave_peers()
+        if isinstance(stopped, SIGTERMException):
+            raise SystemExit(128 + signal.SIGTERM) from None
+        if isinstance(stopped.__context__, KeyboardInterrupt):
+            raise SystemExit(128 + signal.SIGINT) from None
         raise
     leave_peers()
     return folder

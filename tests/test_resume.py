@@ -219,18 +219,73 @@ def test_signal_has_a_checkpoint_written_and_the_run_goes_on_exactly(
     assert [entry for entry in found if ".ckpt is in one run only" not in entry] == []
 
 
-def test_process_that_is_sent_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on(tmp_path: Path) -> None:
+class SignalInFirstValidation(Callback):
+    """Sends this process a signal while the initialization is measured, and as many more as are asked for."""
+
+    def __init__(self, number: int, times: int) -> None:
+        self.number, self.times = number, times
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if trainer.sanity_checking and batch_idx == 0:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGINT, 2)])
+def test_signal_before_the_first_step(
+    number: int, times: int, runs, faults: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from masklr.recipe_cli import RecipeCLI
+
+    plain = RecipeCLI.instantiate_trainer
+
+    def with_signal(self, **options):
+        trainer = plain(self, **options)
+        trainer.callbacks.append(SignalInFirstValidation(number, times))
+        return trainer
+
+    monkeypatch.setattr(RecipeCLI, "instantiate_trainer", with_signal)
+    handler = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", f"--config={recipe(tmp_path, 3)}", *SHORT, f"--runs={tmp_path / 'runs'}"])
+    monkeypatch.undo()
+    assert stopped.value.code == 128 + number
+    if times == 2:
+        signal.signal(number, handler)  # Lightning ignores it from then on
+        assert not list(tmp_path.glob("runs/*/*"))
+        return
+    assert signal.getsignal(number) == handler
+    (run,) = tmp_path.glob("runs/*/version_0")
+    assert read(run / "checkpoints" / "last.ckpt")["global_step"] == 1
+    assert main(["fit", f"--resume={run}"]) == 0
+    found = faults.differences(runs[0], run)
+    assert [entry for entry in found if ".ckpt is in one run only" not in entry] == []
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2)])
+def test_process_that_is_sent_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(
+    number: int, workers: int, faults: ModuleType, tmp_path: Path
+) -> None:
     program = "import sys; from masklr.cli import main; sys.exit(main(sys.argv[1:]))"
-    options = [f"--config={recipe(tmp_path, 3)}", *SHORT, "--trainer.max_steps=100000", f"--runs={tmp_path / 'runs'}"]
-    process = subprocess.Popen([sys.executable, "-c", program, "fit", *options], stdout=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(tmp_path.glob("runs/*/version_0/checkpoints/last.ckpt")):
-        time.sleep(0.05)
-    process.terminate()
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
+    options = [*SHORT, "--trainer.max_steps=100000", f"--runs={tmp_path / 'runs'}"]
+    options += faults.data_options(RECIPE, workers, tmp_path)
+    command = [sys.executable, "-c", program, "fit", f"--config={recipe(tmp_path, 3)}", *options]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while process.poll() is None and not list(tmp_path.glob("runs/*/version_0/checkpoints/last.ckpt")):
+            time.sleep(0.05)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches workers too
+        else:
+            process.terminate()
+        told, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    assert ("masklr: Ctrl-C: ends after the next checkpoint" in errors) == (number == signal.SIGINT)
     (run,) = tmp_path.glob("runs/*/version_0")
     step = read(run / "checkpoints" / "last.ckpt")["global_step"]
-    assert f"masklr: SIGTERM at step {step}; to go on: masklr fit --resume {run}" in told
+    assert f"masklr: {signal.Signals(number).name} at step {step}; to go on: masklr fit --resume {run}" in told
     assert checkpoints.newest_sound(run / "checkpoints") == run / "checkpoints" / f"step={step:08d}.ckpt"
     assert main(["fit", f"--resume={run}", f"--trainer.max_steps={step + 3}"]) == 0
     assert read(run / "checkpoints" / "last.ckpt")["global_step"] == step + 3

@@ -31,9 +31,10 @@ class RunCheckpoint(Checkpoint):
     epoch and the next epoch (but for epochs of one step, of which Lightning then counts one too few). The last one is
     written once training has ended and everything is measured, so that a run killed before that measures its end again.
 
-    SIGTERM, and SIGUSR1, which SLURM sends ahead of a time limit or a pre-emption (`#SBATCH --signal=USR1@300`), have
-    a checkpoint written at the next such place and then end the process with exit code 128 + signal; after SIGUSR1
-    in a SLURM job, the job is put back into the queue. A second signal ends the process at once.
+    Ctrl-C (SIGINT), SIGTERM, and SIGUSR1, which SLURM sends ahead of a time limit or a pre-emption
+    (`#SBATCH --signal=USR1@300`), have a checkpoint written at the next such place, at step 1 if training has yet to
+    begin, and then end the process with exit code 128 + signal; after SIGUSR1 in a SLURM job, the job is put back into
+    the queue. A second signal ends the process at once.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints, besides those after validations; None for none.
@@ -67,6 +68,7 @@ class RunCheckpoint(Checkpoint):
         self._best: tuple[int, float] | None = None  # step and value
         self._due = False
         self._signal: int | None = None
+        self._listens_in: int | None = None  # process
         self._has_written = False
         self._last_step = -1
         self._last_time = 0.0
@@ -82,13 +84,27 @@ class RunCheckpoint(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the folder."""
         self.folder = run_folder(trainer) / "checkpoints"
+        self._signal = self._listens_in = None
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen for signals, the first hook that can."""
+        self._listen(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to count, and listen for signals."""
+        """Begin to count."""
+        self._listen(trainer)
         self._last_step, self._last_time = trainer.global_step, time.monotonic()
-        self._due, self._signal = False, None
+        self._due = False
         self.on_fit_end(trainer, pl_module)
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+
+    def _listen(self, trainer: pl.Trainer) -> None:
+        if self._listens_in is not None:
+            return
+        self._listens_in = os.getpid()
+        self._tells = trainer.is_global_zero
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            if number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:  # a shell's job in the background
+                continue
             try:
                 # Lightning's own handlers end the run wherever it is; it puts the former ones back afterwards.
                 signal.signal(number, self._on_signal)
@@ -173,8 +189,13 @@ class RunCheckpoint(Checkpoint):
             path.unlink(missing_ok=True)  # `best.ckpt` is a name of its own
 
     def _on_signal(self, number: int, frame: object) -> None:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if os.getpid() != self._listens_in:  # a worker of the data, which the terminal's Ctrl-C reaches too
+            return
         self._signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT and self._tells:
+            # Not `print`, which may be what was interrupted.
+            os.write(2, b"\nmasklr: Ctrl-C: ends after the next checkpoint; once more: at once\n")
 
     def _stop(self, trainer: pl.Trainer) -> None:
         number = self._signal or signal.SIGTERM
