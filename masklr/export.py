@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from masklr.models.pretrained import mae_state_dict
-from masklr.models.run_encoder import run_encoder_options
+from masklr.models.run_encoder import run_backbone_options, run_encoder_options
 from masklr.state_dicts import checkpoint_state_dict
 
 TASK = "model."  # where a task keeps its model
@@ -48,7 +48,10 @@ def encoder_architecture(checkpoint: Path) -> tuple[str, dict[str, Any]] | None:
     try:
         name, options = run_encoder_options(checkpoint)
     except ValueError:
-        return None
+        try:
+            name, options = run_backbone_options(checkpoint)
+        except (ValueError, FileNotFoundError):
+            return None
     return name, {key: value for key, value in options.items() if key != "pretrained"}
 
 

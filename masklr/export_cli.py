@@ -24,7 +24,9 @@ def parser() -> CommandParser:
         help="the encoder (of a classifier: its backbone), or the whole model with its decoder or head "
         "(default: %(default)s)",
     )
-    made.add_argument("--out", type=Path, metavar="FILE", help="default: WHAT.safetensors in the run's folder")
+    made.add_argument(
+        "--out", type=Path, metavar="FILE", help="a .safetensors file; default: WHAT.safetensors in the run's folder"
+    )
     return made
 
 
@@ -35,7 +37,7 @@ def run(arguments: list[str]) -> Path:
         arguments: Those after `masklr export`.
     """
     options = parser().parse_args(arguments)
-    from masklr.checkpoints import sound_checkpoint
+    from masklr.checkpoint_files import sound_checkpoint
     from masklr.export import encoder_architecture, exported, write
 
     source = Path(options.source)
@@ -44,6 +46,8 @@ def run(arguments: list[str]) -> Path:
     folder = source if source.is_dir() else source.parent
     name = f"{options.what}.safetensors" if source.is_dir() else f"{source.stem}.{options.what}.safetensors"
     out = options.out or folder / name
+    if out.suffix != ".safetensors" or (out.exists() and out.samefile(checkpoint)):
+        raise ValueError(f"Expected `--out` to be a .safetensors file other than the source, got {out}.")
     architecture = encoder_architecture(checkpoint)
     write(tensors, out, architecture if options.what == "encoder" else None)
     parameters = sum(tensor.numel() for tensor in tensors.values())

@@ -62,7 +62,7 @@ def run(arguments: list[str]) -> Path:
 
     source, path = options.source, Path(options.source)
     if path.is_dir():
-        from masklr.checkpoints import sound_checkpoint
+        from masklr.checkpoint_files import sound_checkpoint
 
         path = sound_checkpoint(path)
     is_file = path.exists() or path.suffix in FILES or len(path.parts) > 1

@@ -28,7 +28,8 @@ from masklr.callbacks import NonFinite, Peers, RunCheckpoint, RunState, StepProg
 from masklr.callbacks.peers import is_loss_of_a_peer, leave_peers
 from masklr.callbacks.predictions import PredictionWriter
 from masklr.callbacks.recording import written_whole
-from masklr.checkpoints import WholeCheckpointIO
+from masklr.checkpoint_files import sound_checkpoint
+from masklr.checkpoints import WholeCheckpointIO, read
 from masklr.cli import sentence_of
 from masklr.data.loading import ImageData, rank_batch_size
 from masklr.loggers import RunLock, new_run_folder, process_rank, run_loggers
@@ -129,9 +130,27 @@ class RecipeCLI(LightningCLI):
             parser = self._parser(self._command)
             recipes = (parser.dump(config[self._command], skip_none=False) for config in (stored, self.config))
             self.resumed.compare(*recipes)
-        path = self.config[self._command].get("ckpt_path")
-        if path and path not in ("last", "best", "hpc", "registry") and not Path(path).exists():
-            raise FileNotFoundError(f"Expected `ckpt_path` to be a checkpoint, but there is no file {path}.")
+
+    def _parse_ckpt_path(self) -> None:
+        """Find the checkpoint that `ckpt_path` means, and see that it is one.
+
+        Lightning would read it here for hyperparameters, which recipes hold, and later take `last` and `best` for files
+        of the new run, which has none yet.
+        """
+        options = self.config[self._command]
+        if not (given := options.get("ckpt_path")):
+            if self._command != "fit" and process_rank() == "0":
+                told = "no `ckpt_path`: the weights are those that the recipe begins with, untrained if it names none"
+                print(f"masklr: {told}", file=sys.stderr, flush=True)
+            return
+        if not Path(given).exists():
+            raise FileNotFoundError(
+                f"Expected `ckpt_path` to be a checkpoint or a run's folder, but there is no {given}."
+            )
+        checkpoint = sound_checkpoint(Path(given))
+        if self.resumed is None and not isinstance(read(checkpoint).get("state_dict"), dict):
+            raise ValueError(f"Expected `ckpt_path` to be a checkpoint of a run, got {checkpoint}, which holds none.")
+        options.ckpt_path = str(checkpoint)
 
     def instantiate_classes(self) -> None:
         """Build task, data and trainer; what a library refuses, in whatever words, is the recipe's fault."""

@@ -10,7 +10,8 @@ import yaml
 from masklr import __version__
 from masklr.callbacks.recording import written_whole
 from masklr.callbacks.run_state import STATE
-from masklr.checkpoints import newest_sound, read
+from masklr.checkpoint_files import newest_sound
+from masklr.checkpoints import read
 
 # Of the command line, not of the run.
 _NOT_COMPARED = ("ckpt_path", "resume", "weights_only")

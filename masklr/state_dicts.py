@@ -58,6 +58,9 @@ def _safetensors(path: Path) -> dict[str, Any]:
 
 
 def _torch_file(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        if file.read(2) not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):  # zip; pickle's protocols
+            raise ValueError(f"Cannot read {path}: it is truncated, or no checkpoint.")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

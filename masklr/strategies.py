@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from masklr.checkpoints import damage
+from masklr.checkpoint_files import damage
 
 # Methods besides `forward` in which a LightningModule uses its weights; `reconstruct` is that of pretraining.
 _METHODS = ("training_step", "validation_step", "test_step", "predict_step", "reconstruct")

@@ -22,7 +22,8 @@ import torch
 import yaml
 from PIL import Image
 
-from masklr.checkpoints import damage, newest_sound, read, step_of, write
+from masklr.checkpoint_files import damage, newest_sound, step_of
+from masklr.checkpoints import read, write
 from masklr.data import ShardedImages, TorchvisionImages
 from masklr.data.decoding import View, decoded_image
 from masklr.state_dicts import checkpoint_state_dict

@@ -15,7 +15,8 @@ from pytorch_lightning import Callback
 from masklr import checkpoints
 from masklr.callbacks import RunCheckpoint
 from masklr.callbacks.run_state import check_entries
-from masklr.checkpoints import WholeCheckpointIO, damage, link, newest_sound, read, write
+from masklr.checkpoint_files import damage, newest_sound
+from masklr.checkpoints import WholeCheckpointIO, link, read, write
 
 CONTENT = {"weights": torch.arange(3000.0), "half": torch.ones(7, dtype=torch.bfloat16), "step": 3, "names": ["a", "b"]}
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -129,6 +130,28 @@ def test_checkpoint_of_a_run_is_measured_with_its_config(
         accuracy = [row["probe/norm/accuracy"] for row in metrics(run_folder) if row.get("probe/norm/accuracy")][-1]
         (probed,) = [float(row["probe/norm/accuracy"]) for row in metrics(folder) if row.get("probe/norm/accuracy")]
         assert probed == pytest.approx(float(accuracy))
+
+
+def test_folder_of_a_run_means_its_newest_sound_checkpoint(run_folder: Path, tmp_path: Path, caplog) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run_folder, copy)
+    (copy / "checkpoints" / "step=99999999.ckpt").write_bytes(b"PK torn")
+    runs = [f"--config={copy / 'config.yaml'}", f"--runs={tmp_path}"]
+    for checkpoint in (copy, run_folder / "checkpoints" / "last.ckpt"):
+        assert main(["test", *runs, f"--ckpt_path={checkpoint}"]) == 0
+    assert "Passed over" in caplog.text
+    values = [metrics(tmp_path / "pretrain_digits" / f"test_{number}")[0]["test/loss"] for number in (0, 1)]
+    assert values[0] == values[1]
+
+
+def test_weights_without_a_model_and_untrained_ones_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"a": torch.zeros(2)}, tmp_path / "other.ckpt")
+    run = ["test", f"--config={RECIPE}", f"--runs={tmp_path / 'runs'}", "--trainer.limit_test_batches=1"]
+    assert "`ckpt_path` to be a checkpoint of a run" in answer(capsys, [*run, f"--ckpt_path={tmp_path / 'other.ckpt'}"])
+    assert main(run) == 0
+    assert "masklr: no `ckpt_path`: the weights are those that the recipe begins with" in capsys.readouterr().err
 
 
 def test_no_thread_of_a_process_group_outlives_its_run(tmp_path: Path) -> None:
@@ -268,6 +291,10 @@ def test_mistake_in_a_recipe_is_one_sentence_and_leaves_no_folder(
         (["fit", f"--config={RECIPE}", "--trainer.max_step=3"], "did you mean trainer.max_steps"),
         (["fit", f"--config={RECIPE}", "--data.init_args.foo=3"], "`Digits` has no option 'foo'"),
         (["validate", f"--config={RECIPE}", "--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (["test", f"--config={RECIPE}", "--ckpt_path=best"], "`ckpt_path` to be a checkpoint or a run's folder"),
+        (["fit", f"--config={RECIPE}", "--ckpt_path=last"], "`ckpt_path` to be a checkpoint or a run's folder"),
+        (["predict", f"--config={RECIPE}", f"--ckpt_path={RECIPE}"], "pretrain_digits.yaml, which is no checkpoint"),
+        (["test", f"--config={RECIPE}", f"--ckpt_path={RECIPE.parent}"], "none in"),
     ],
 )
 def test_mistake_on_the_command_line_is_one_sentence(

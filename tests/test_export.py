@@ -53,6 +53,43 @@ def test_run_is_exported_as_an_encoder_that_the_printed_lines_load_strictly(run,
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "config.yaml", "encoder.safetensors"]
 
 
+@pytest.mark.parametrize("backbone", ["run", "resnet18", "vit_tiny_patch16_224"])
+def test_backbone_of_a_classifier_is_loaded_by_the_printed_lines(backbone, run, tmp_path, capsys):
+    from masklr.models import Classifier
+
+    args = {"global_pool": "avg"} | (SIZES if backbone.startswith("vit") else {})
+    sizes = {} if backbone == "run" else {"image_size": 8, "in_chans": 1}
+    sizes |= {"patch_size": 2} if backbone.startswith("vit") else {}
+    options = {"backbone": str(run[0]) if backbone == "run" else backbone, "backbone_args": args, **sizes}
+    model = Classifier(num_classes=7, **options)
+    folder = tmp_path / "runs" / "finetune" / "version_0"
+    (folder / "checkpoints").mkdir(parents=True)
+    state = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
+    torch.save({"state_dict": state}, folder / "checkpoints" / "step=00000005.ckpt")
+    entry = {"class_path": "masklr.models.Classifier", "init_args": {"num_classes": 7, "pretrained": False, **options}}
+    recipe = {"model": {"class_path": "masklr.tasks.Classification", "init_args": {"model": entry}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["export", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    names = {}
+    exec(printed[printed.index("import timm") :].replace("import timm", "import timm, torch", 1), names)
+    with torch.no_grad():
+        theirs, ours = names["model"].eval()(images()), model.eval().features(images())
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_export_of_a_classifier_whose_pretraining_run_is_gone_prints_no_lines(tmp_path, capsys):
+    folder = tmp_path / "version_0"
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save({"state_dict": {"model.backbone.a": torch.zeros(2, 2)}}, folder / "checkpoints" / "step=00000005.ckpt")
+    entry = {"class_path": "masklr.models.Classifier", "init_args": {"backbone": str(tmp_path / "runs" / "gone")}}
+    recipe = {"model": {"class_path": "masklr.tasks.Classification", "init_args": {"model": entry}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["export", str(folder)]) == 0
+    assert "import timm" not in capsys.readouterr().out
+    assert load_file(folder / "encoder.safetensors").keys() == {"a"}
+
+
 def test_everything_is_exported_and_comes_back_bitwise(run, make_mae, tmp_path):
     folder, task = run
     out = tmp_path / "new" / "mae.safetensors"
@@ -106,6 +143,7 @@ def test_bad_input_is_answered_with_a_sentence(run, tmp_path, capsys):
         (str(tmp_path / "torn.ckpt"),): r"Expected a sound checkpoint, got .*torn\.ckpt",
         (str(folder), "--what", "half"): "invalid choice: 'half'",
         (str(folder), "--out", str(tmp_path / "file" / "x.safetensors")): r"Cannot write .* \(`out`\)",
+        (str(folder), "--out", str(tmp_path / "torn.ckpt")): r"Expected `--out` to be a \.safetensors file",
         (): "RUN_OR_CHECKPOINT",
     }
     for arguments, sentence in cases.items():
@@ -114,6 +152,11 @@ def test_bad_input_is_answered_with_a_sentence(run, tmp_path, capsys):
         assert re.search(sentence, error), error
         assert error.startswith("masklr: error: ")
         assert error.count("\n") == 1
+    assert (tmp_path / "torn.ckpt").read_bytes() == whole[: len(whole) // 2]
+    out = folder / "encoder.safetensors"
+    assert main(["export", str(folder), "--out", str(out)]) == 0
+    assert main(["export", str(out), "--out", str(out)]) == 2
+    assert "other than the source" in capsys.readouterr().err
 
 
 def test_newest_checkpoint_that_is_sound_is_taken(run, caplog):

@@ -307,6 +307,7 @@ def pickled(path):
         (["a.pt"], pickled, "Refused to read a.pt: it needs code to be run, timm.models.vision_transformer."),
         (["a.safetensors"], truncated, "it is truncated, or no safetensors file."),
         (["a.pth"], lambda path: path.write_text("x"), "Cannot read a.pth: it is truncated, or no checkpoint."),
+        (["a.csv"], lambda path: path.write_text("cost/run,step\n"), "Cannot read a.csv: it is truncated, or"),
         (["vit_base_patch16_244"], None, "'vit_base_patch16_244'; did you mean vit_base_patch16_224"),
         (["resnet10t", "--measures", "stable_rnk"], None, "stable_rank, got 'stable_rnk'"),
         (["resnet10t", "--include", "layer9.**"], None, "Expected `include` to match something, got 'layer9.**'"),

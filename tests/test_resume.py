@@ -18,6 +18,7 @@ import yaml
 from pytorch_lightning import Callback
 
 from masklr import __version__, checkpoints
+from masklr.checkpoint_files import newest_sound
 from masklr.checkpoints import read, write
 from masklr.cli import main
 from masklr.resumed_run import ResumedRun
@@ -286,7 +287,7 @@ def test_process_that_is_sent_a_signal_leaves_a_checkpoint_from_which_the_run_go
     (run,) = tmp_path.glob("runs/*/version_0")
     step = read(run / "checkpoints" / "last.ckpt")["global_step"]
     assert f"masklr: {signal.Signals(number).name} at step {step}; to go on: masklr fit --resume {run}" in told
-    assert checkpoints.newest_sound(run / "checkpoints") == run / "checkpoints" / f"step={step:08d}.ckpt"
+    assert newest_sound(run / "checkpoints") == run / "checkpoints" / f"step={step:08d}.ckpt"
     assert main(["fit", f"--resume={run}", f"--trainer.max_steps={step + 3}"]) == 0
     assert read(run / "checkpoints" / "last.ckpt")["global_step"] == step + 3
 

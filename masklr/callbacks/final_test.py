@@ -24,7 +24,7 @@ class FinalTest(pl.Callback):
         labels: Where a batch has its class indices.
 
     Raises:
-        ValueError: There is no data module with one test loader.
+        ValueError: There is no data module with one test loader; found before training begins.
     """
 
     def __init__(self, inputs: int | str = 0, labels: int | str = 1) -> None:
@@ -34,7 +34,7 @@ class FinalTest(pl.Callback):
         """See that there is something to test on, before training begins."""
         if stage == "fit":
             self._recording = Recording(trainer, "final_test")
-            self._test_dataloader(trainer)
+            self._test_dataloader(trainer)()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the split and log it at the last step."""

@@ -103,8 +103,8 @@ class RunCheckpoint(Checkpoint):
         self._listens_in = os.getpid()
         self._tells = trainer.is_global_zero
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            if number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:  # a shell's job in the background
-                continue
+            if number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # a shell's job in the background, which Ctrl-C does not mean
             try:
                 # Lightning's own handlers end the run wherever it is; it puts the former ones back afterwards.
                 signal.signal(number, self._on_signal)

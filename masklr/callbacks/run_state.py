@@ -10,7 +10,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from masklr import __version__
 from masklr.callbacks.recording import run_folder
-from masklr.checkpoints import step_of, sweep
+from masklr.checkpoint_files import step_of
+from masklr.checkpoints import sweep
 
 STATE = "masklr"
 

@@ -1,12 +1,14 @@
 """A backbone with a head."""
 
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
+from masklr.checkpoint_files import sound_checkpoint
 from masklr.models.pretrained import load_encoder
-from masklr.models.run_encoder import is_file, pretrained_encoder, run_checkpoint
+from masklr.models.run_encoder import is_file, pretrained_encoder
 from masklr.models.timm_models import check_size, pair, timm_model
 
 
@@ -127,7 +129,7 @@ def _backbone_by_name(name: str, options: dict[str, Any], pretrained: bool, weig
         return pretrained_encoder(name, "backbone", options)
     backbone = named_backbone(name, {"pretrained": pretrained, **options})
     if weights is not None:
-        load_encoder(backbone, run_checkpoint(weights))
+        load_encoder(backbone, sound_checkpoint(Path(weights)))
     return backbone
 
 

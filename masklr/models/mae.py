@@ -4,6 +4,7 @@ Shape suffixes: B batch, C channels, H W pixels, N patches, V visible patches, M
 tokens (class and registers), D encoder width, E decoder width, X pixels of a patch (C x patch height x patch width).
 """
 
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,12 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from masklr.checkpoint_files import sound_checkpoint
 from masklr.masks import Strategy, num_masked, patch_split
 from masklr.models.cross_decoder import CrossBlock
 from masklr.models.encoders import checked_instance, init_as_in_paper, named_encoder
 from masklr.models.patches import num_predicted, patch_deviation, patchify, predicted_subset, rows, unpatchify
 from masklr.models.pretrained import load_weights
-from masklr.models.run_encoder import run_checkpoint
 from masklr.models.timm_models import check_size
 
 Split = tuple[Tensor, Tensor]  # indices of visible patches (B, V), of masked patches (B, M)
@@ -144,7 +145,7 @@ class MaskedAutoencoder(nn.Module):
         if checkpoint:
             self.encoder.set_grad_checkpointing()
         if weights is not None:
-            load_weights(self, run_checkpoint(weights))
+            load_weights(self, sound_checkpoint(Path(weights)))
 
     def _check_ratios(self) -> None:
         """Raise where no split of the patches can be drawn."""

@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from masklr.checkpoint_files import sound_checkpoint
 from masklr.models.encoders import encoder_options
 from masklr.models.pretrained import load_encoder
-from masklr.models.timm_models import timm_model
+from masklr.models.timm_models import pair, timm_model
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
@@ -22,23 +25,6 @@ def is_file(source: str) -> bool:
     return not is_hub and (path.exists() or len(path.parts) > 1 or path.suffix in SUFFIXES)
 
 
-def run_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the last one of a run's folder.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = sorted(folder.glob("*step=*.ckpt"))
-    last = folder / "last.ckpt"
-    if not last.exists() and not found:
-        raise FileNotFoundError(f"Expected a checkpoint or the folder of a run with one, but there is none in {path}.")
-    return last if last.exists() else found[-1]
-
-
 def run_encoder_options(checkpoint: Path) -> tuple[str, dict[str, Any]]:
     """Name and `timm.create_model` options of the encoder that a pretraining run has trained.
 
@@ -49,6 +35,54 @@ def run_encoder_options(checkpoint: Path) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: There is no such file beside the checkpoint, or it is not of a run that pretrains.
     """
+    model, recipe = _recipe(checkpoint)
+    options = model.get("init_args") or {}
+    pretrains = str(model.get("class_path", "")).endswith("MaskedAutoencoder")
+    if not pretrains or not isinstance(options.get("encoder"), str):
+        raise ValueError(f"Expected a run that pretrains an encoder by name, got {recipe}, which does not.")
+    image_size, patch_size, in_chans = (options.get(name) for name in ("image_size", "patch_size", "in_chans"))
+    encoder_args = {**(options.get("encoder_args") or {}), "pretrained": False}
+    return options["encoder"], encoder_options(image_size, patch_size, in_chans, encoder_args)
+
+
+def run_backbone_options(checkpoint: Path) -> tuple[str, dict[str, Any]]:
+    """Name and `timm.create_model` options of the backbone that a run of a `Classifier` has trained.
+
+    Args:
+        checkpoint: A checkpoint in the run's folder. A backbone that came from another run is built as there.
+
+    Raises:
+        FileNotFoundError: The run that the backbone came from is gone.
+        ValueError: There is no recipe beside the checkpoint, or it is not of a backbone by name.
+    """
+    model, recipe = _recipe(checkpoint)
+    options = model.get("init_args") or {}
+    name = options.get("backbone")
+    if not str(model.get("class_path", "")).endswith("Classifier") or not isinstance(name, str):
+        raise ValueError(f"Expected a run of a classifier with a backbone by name, got {recipe}, which is of none.")
+    sizes = {"img_size": options.get("image_size"), "patch_size": options.get("patch_size")}
+    sizes = {argument: pair(size) for argument, size in sizes.items()} | {"in_chans": options.get("in_chans")}
+    given = {argument: value for argument, value in sizes.items() if value is not None}
+    given |= options.get("backbone_args") or {}
+    if not is_file(name):
+        return name, _without_unused_size(name, {"num_classes": 0, **given, "pretrained": False})
+    encoder, own = run_encoder_options(sound_checkpoint(Path(name)))
+    return encoder, {**own, **given}
+
+
+def _without_unused_size(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `timm.create_model` without `img_size` where the architecture takes images of any size."""
+    try:
+        with torch.device("meta"):
+            timm_model("backbone", name, options)
+    except ValueError as error:
+        if "unexpected keyword argument 'img_size'" in str(error):
+            return {key: value for key, value in options.items() if key != "img_size"}
+    return options
+
+
+def _recipe(checkpoint: Path) -> tuple[dict[str, Any], Path]:
+    """The model in the recipe beside a checkpoint, empty if it has none, and the recipe's file."""
     import yaml
 
     recipes = [folder / "config.yaml" for folder in checkpoint.absolute().parents[:2]]
@@ -60,15 +94,9 @@ def run_encoder_options(checkpoint: Path) -> tuple[str, dict[str, Any]]:
         )
     try:
         model = yaml.safe_load(recipe.read_text())["model"]["init_args"]["model"]
-        options = model["init_args"]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, RecursionError):
-        model, options = {}, {}
-    pretrains = str(model.get("class_path", "")).endswith("MaskedAutoencoder")
-    if not pretrains or not isinstance(options.get("encoder"), str):
-        raise ValueError(f"Expected a run that pretrains an encoder by name, got {recipe}, which does not.")
-    image_size, patch_size, in_chans = (options.get(name) for name in ("image_size", "patch_size", "in_chans"))
-    encoder_args = {**(options.get("encoder_args") or {}), "pretrained": False}
-    return options["encoder"], encoder_options(image_size, patch_size, in_chans, encoder_args)
+        model = {}
+    return model if isinstance(model, dict) else {}, recipe
 
 
 def pretrained_encoder(path: str, argument: str, overrides: dict[str, Any]) -> Any:
@@ -81,12 +109,12 @@ def pretrained_encoder(path: str, argument: str, overrides: dict[str, Any]) -> A
             interpolated, or `drop_path_rate`.
 
     Raises:
-        FileNotFoundError: There is no checkpoint.
-        ValueError: It is of no run that pretrains, or the overrides change the architecture.
+        FileNotFoundError: There is no sound checkpoint.
+        ValueError: It is damaged, or of no run that pretrains, or the overrides change the architecture.
     """
-    checkpoint = run_checkpoint(path)
-    if not checkpoint.exists():
-        raise FileNotFoundError(f"Expected `{argument}` to be a checkpoint or a run, but there is no file {path}.")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"Expected `{argument}` to be a checkpoint or a run's folder, but there is no {path}.")
+    checkpoint = sound_checkpoint(Path(path))
     name, options = run_encoder_options(checkpoint)
     vit = timm_model(argument, name, {**options, **overrides}, family="vit_*")
     load_encoder(vit, checkpoint, argument)

@@ -18,7 +18,8 @@ import pytest
 import torch
 import yaml
 
-from masklr.checkpoints import newest_sound, read
+from masklr.checkpoint_files import newest_sound
+from masklr.checkpoints import read
 
 ROOT = Path(__file__).parents[2]
 # Imports once; then each line asks for a process of `masklr`, in which a fault happens when a step begins.

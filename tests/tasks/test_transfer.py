@@ -197,6 +197,19 @@ def test_final_test_without_a_test_split_is_refused_before_training(pretrained, 
     assert task.trainer.global_step == 0
 
 
+def test_final_test_of_data_whose_test_split_is_missing_is_refused_before_training(
+    pretrained, make_trainer, make_digits, tmp_path
+):
+    class NoTest(type(make_digits())):
+        def test_images(self):
+            raise ValueError("Expected `test`, got None.")
+
+    task, data = make(classifier(pretrained)), NoTest(batch_size=64)
+    with pytest.raises(ValueError, match="Expected `test`, got None"):
+        make_trainer(tmp_path, max_steps=1, callbacks=[FinalTest()]).fit(task, data)
+    assert task.trainer.global_step == 0
+
+
 def test_final_test_changes_nothing(pretrained, make_trainer, make_digits, tmp_path):
     states = []
     for callbacks in ([], [FinalTest()]):
@@ -255,7 +268,7 @@ def bad(pretrained, tmp_path):
     return {
         "no file": (
             {"backbone": str(tmp_path / "none.ckpt")},
-            "`backbone` to be a checkpoint or a run, but there is no",
+            "`backbone` to be a checkpoint or a run's folder, but there is no",
         ),
         "no checkpoint": ({"backbone": str(tmp_path)}, "lonely|there is none in"),
         "no recipe": ({"backbone": str(lonely)}, r"whose config\.yaml says how it was built, got .*lonely\.ckpt"),
