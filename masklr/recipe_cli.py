@@ -1,6 +1,7 @@
 """`masklr fit|validate|test|predict`: LightningCLI with a folder for each run and errors in one sentence."""
 
 import argparse
+import contextlib
 import logging
 import os
 import shutil
@@ -264,6 +265,8 @@ def _run(arguments: list[str]) -> Path:
         fresh = getattr(cli, "resumed", None) is None and (trainer is None or trainer.global_step == 0)
         if fresh and folder is not None and folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # other runs are beside it
+                folder.parent.rmdir()
         elif trainer is not None and trainer.is_global_zero and isinstance(error, Exception) and folder is not None:
             _say_how_to_go_on(folder)
         began = trainer is not None and any(c.began for c in trainer.callbacks if isinstance(c, RunState))

@@ -107,10 +107,15 @@ def _misfit(message: str) -> str:
         name = found[1].rpartition(".")[2]
         near = [f"{module}.{name}" for module in ROOMS if name in _classes(module) and f"{module}.{name}" != found[1]]
         return f"{key}Expected a {found[2]}, got {found[1]}{did_you_mean(near[0], near) if near else '.'}"
+    told = f", got {shortened(' '.join(given[1].split()), 100)}" if given else ""
+    if choices := re.findall(r"Expected a typing\.Literal\[([^\]]*)\]", "\n".join(reasons or [reason])):
+        return f"{key}Expected one of {', '.join(choices)}{told}."
     if re.fullmatch(r"Expected an? <class '\w+'>.*", reason.strip()):
         kinds = dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", "\n".join(reasons or [reason])))
-        told = f", got {shortened(' '.join(given[1].split()), 100)}" if given else ""
-        return f"{key}Expected {' or '.join(KINDS.get(kind, kind) for kind in kinds)}{told}."
+        listed = [KINDS.get(kind, kind) for kind in kinds]
+        if lengths := re.findall(r"Expected a tuple with (\d+) elements", message):
+            listed.append(f"{lengths[0]} of them")
+        return f"{key}Expected {' or '.join(listed)}{told}."
     return key + (reason.replace(lead[0], "").strip() if lead else reason)
 
 

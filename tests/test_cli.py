@@ -287,6 +287,13 @@ def test_mistake_in_a_recipe_is_one_sentence_and_leaves_no_folder(
             "`seed_everything`: Expected true or false or an integer, got x.",
         ),
         (["fit", f"--config={RECIPE}", "--data.batch_size=x"], "`batch_size`: Expected an integer, got x."),
+        (
+            ["fit", f"--config={RECIPE}", f"{MODEL}decoder=half"],
+            "`decoder`: Expected one of 'full', 'cross', got half.",
+        ),
+        (["fit", f"--config={RECIPE}", "--trainer.precision=17"], "`trainer.precision`: Expected one of 64, 32, 16, "),
+        (["fit", f"--config={RECIPE}", f"{MODEL}decoder_heads=0"], "Expected `decoder_heads` of at least 1, got 0."),
+        (["fit", f"--config={RECIPE}", f"{MODEL}mask_ratio=[0.5]"], "Expected a number or 2 of them, got [0.5]."),
         (["fit", "--config=nowhere.yaml"], "There is no file"),
         (["fit", f"--config={RECIPE}", "--trainer.max_step=3"], "did you mean trainer.max_steps"),
         (["fit", f"--config={RECIPE}", "--data.init_args.foo=3"], "`Digits` has no option 'foo'"),

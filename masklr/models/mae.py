@@ -110,6 +110,8 @@ class MaskedAutoencoder(nn.Module):
 
         if decoder not in ("full", "cross"):
             raise ValueError(f"Expected `decoder` full or cross, got {decoder!r}.")
+        if decoder_heads < 1:
+            raise ValueError(f"Expected `decoder_heads` of at least 1, got {decoder_heads}.")
         if decoder_dim % decoder_heads:
             raise ValueError(f"Expected `decoder_heads` to divide `decoder_dim`={decoder_dim}, got {decoder_heads}.")
         if decoder_dim % 4:
