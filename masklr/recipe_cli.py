@@ -232,6 +232,13 @@ class RecipeCLI(LightningCLI):
         if self.trainer.is_global_zero:
             print(summary(self.run_folder), flush=True)
 
+    def after_validate(self) -> None:
+        """Say where the metrics are."""
+        if self.trainer.is_global_zero:
+            print(f"run: {self.run_folder}", flush=True)
+
+    after_test = after_validate
+
     def after_predict(self) -> None:
         """Say where the predictions are."""
         if self.trainer.is_global_zero:

@@ -118,11 +118,12 @@ def test_two_runs_of_one_config_get_folders_of_their_own_and_wandb_knows_the_con
 
 @pytest.mark.parametrize(("command", "key"), [("validate", "val/loss"), ("test", "test/loss")])
 def test_checkpoint_of_a_run_is_measured_with_its_config(
-    command: str, key: str, run_folder: Path, tmp_path: Path
+    command: str, key: str, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, checkpoint = run_folder / "config.yaml", run_folder / "checkpoints" / "last.ckpt"
     assert main([command, f"--config={config}", f"--ckpt_path={checkpoint}", f"--runs={tmp_path}"]) == 0
     folder = tmp_path / "pretrain_digits" / f"{command}_0"
+    assert capsys.readouterr().out.endswith(f"run: {folder}\n")
     (value,) = [float(row[key]) for row in metrics(folder) if row.get(key)]
     if command == "validate":
         last = [row["val/loss"] for row in metrics(run_folder) if row.get("val/loss")][-1]
