@@ -12,6 +12,7 @@ from typing import IO
 log = logging.getLogger(__name__)
 
 _ARCHIVE = b"PK\x03\x04"
+_PICKLE = b"\x80"  # how torch saved before 1.6, with no sign of its end
 LABEL = b"masklr sha256 "
 COMMENT_SIZE = len(LABEL) + 64  # bytes of the comment of a checkpoint's archive: the checksum of all before it
 
@@ -27,8 +28,13 @@ def damage(path: Path) -> str | None:
             digest = _digest(file, size - COMMENT_SIZE)
             return None if comment == LABEL + digest else "is damaged: its checksum differs"
         file.seek(0)
-        if file.read(len(_ARCHIVE)) != _ARCHIVE:
-            return "is no checkpoint: torch.save would write a zip archive"
+        begin = file.read(len(_ARCHIVE))
+    if not begin:
+        return "is torn or damaged: it is empty"
+    if begin.startswith(_PICKLE):
+        return None
+    if begin != _ARCHIVE:
+        return "is no checkpoint: it is no zip archive"
     # What torch writes ends with the archive's own end, of 22 bytes; their last two say that no comment follows.
     if comment[-2:] != b"\0\0" or comment[-22:-18] != b"PK\x05\x06":
         return "is torn or damaged: its end is missing"

@@ -37,14 +37,16 @@ def new_run_folder(runs: Path, name: str, command: str) -> Path:
     parent = runs / name
     number = 0
     try:
-        parent.mkdir(parents=True, exist_ok=True)
         while True:
+            parent.mkdir(parents=True, exist_ok=True)
             folder = parent / f"{prefix}_{number}"
             try:
                 folder.mkdir()
                 break
             except FileExistsError:
                 number += 1
+            except FileNotFoundError:  # a run beside this one has failed, and taken the empty parent with it
+                continue
     except OSError as error:
         raise ValueError(f"Cannot make a run folder in {parent} (`runs`, `name`): {error.strerror}.") from error
     os.environ["MASKLR_RUN_FOLDER"] = str(folder)

@@ -138,6 +138,8 @@ class RecipeCLI(LightningCLI):
         Lightning would read it here for hyperparameters, which recipes hold, and later take `last` and `best` for files
         of the new run, which has none yet.
         """
+        if self.resumed is not None:
+            return  # which has found and read it
         options = self.config[self._command]
         if not (given := options.get("ckpt_path")):
             if self._command != "fit" and process_rank() == "0":
@@ -148,9 +150,13 @@ class RecipeCLI(LightningCLI):
             raise FileNotFoundError(
                 f"Expected `ckpt_path` to be a checkpoint or a run's folder, but there is no {given}."
             )
-        checkpoint = sound_checkpoint(Path(given))
-        if self.resumed is None and not isinstance(read(checkpoint).get("state_dict"), dict):
-            raise ValueError(f"Expected `ckpt_path` to be a checkpoint of a run, got {checkpoint}, which holds none.")
+        checkpoint = sound_checkpoint(Path(given)) if Path(given).is_dir() else Path(given)
+        content = read(checkpoint)
+        for entry in ("state_dict", "optimizer_states") if self._command == "fit" else ("state_dict",):
+            if entry not in content:
+                raise ValueError(
+                    f"Expected `ckpt_path` to be a checkpoint of a run, got {checkpoint}, which has no {entry!r}."
+                )
         options.ckpt_path = str(checkpoint)
 
     def instantiate_classes(self) -> None:

@@ -109,7 +109,10 @@ def _misfit(message: str) -> str:
         return f"{key}Expected a {found[2]}, got {found[1]}{did_you_mean(near[0], near) if near else '.'}"
     told = f", got {shortened(' '.join(given[1].split()), 100)}" if given else ""
     if choices := re.findall(r"Expected a typing\.Literal\[([^\]]*)\]", "\n".join(reasons or [reason])):
-        return f"{key}Expected one of {', '.join(choices)}{told}."
+        beside = dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", "\n".join(reasons)))
+        others = "".join(f" or {KINDS.get(kind, kind)}" for kind in beside)
+        named = ", ".join(choices)
+        return f"{key}Expected {'one of ' if ',' in named else ''}{named}{others}{told}."
     if re.fullmatch(r"Expected an? <class '\w+'>.*", reason.strip()):
         kinds = dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", "\n".join(reasons or [reason])))
         listed = [KINDS.get(kind, kind) for kind in kinds]

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy, StrategyRegistry
 from pytorch_lightning.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from masklr.checkpoint_files import damage
@@ -62,52 +62,53 @@ class FullyShard(ModelParallelStrategy):
         super().setup(trainer)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint whose checksum is right; nothing but tensors and plain values."""
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            set_model_state_dict,
-            set_optimizer_state_dict,
-        )
+        """Read a checkpoint whose checksum is right; nothing but tensors and plain values.
 
-        if (problem := damage(Path(checkpoint_path))) is not None:
-            raise ValueError(f"Expected a sound checkpoint, got {checkpoint_path}, which {problem}.")
+        Every process takes its own parts from the file: no process waits for another, and all refuse it alike.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        if (problem := damage(path)) is not None:
+            raise ValueError(f"Expected a sound checkpoint, got {path}, which {problem}.")
         module = self.lightning_module
         assert module is not None
-        checkpoint = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=True)
-        saved = [sizes(state) for state in checkpoint.get("optimizer_states", [])]
-        wanted = [sizes(optimizer) for optimizer in self.optimizers]
-        if self.optimizers and saved != wanted:
-            raise ValueError(
-                f"Expected a checkpoint of the same optimizers, got {checkpoint_path}, whose groups have {saved} "
-                f"parameters, not {wanted}."
-            )
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=module.strict_loading)
-        set_model_state_dict(module, checkpoint.pop("state_dict"), options=options)
-        for place, optimizer in enumerate(self.optimizers):  # none where nothing is trained
-            state = _by_name(checkpoint["optimizer_states"][place], optimizer, module)
-            set_optimizer_state_dict(module, optimizer, state, options=options)
+        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        own = module.state_dict()
+        weights = {name: _parts(tensor, own.get(name)) for name, tensor in checkpoint.pop("state_dict").items()}
+        module.load_state_dict(weights, strict=module.strict_loading)
+        if module.trainer.state.fn == "fit":
+            states = checkpoint["optimizer_states"]
+            if len(states) != len(self.optimizers):
+                raise ValueError(
+                    f"Expected a checkpoint of {len(self.optimizers)} optimizers, got {path}, which has {len(states)}."
+                )
+            for optimizer, state in zip(self.optimizers, states, strict=True):
+                optimizer.load_state_dict(_parts_of_state(state, optimizer))
         return checkpoint
 
 
-def sizes(optimizer: torch.optim.Optimizer | dict[str, Any]) -> list[int]:
-    """How many parameters each group of an optimizer, or of its saved state, has."""
-    groups = optimizer["param_groups"] if isinstance(optimizer, dict) else optimizer.param_groups
-    return [len(group["params"]) for group in groups]
+def _parts(tensor: Any, like: Tensor | None) -> Any:
+    """This process's parts of a whole tensor, dealt out as one of the same shape is; as it is where none is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor) or not isinstance(tensor, Tensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _by_name(state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Any]:
-    """An optimizer's saved state, which numbers parameters in the order of the groups, by their names.
+def _parts_of_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's saved state with this process's parts of all that has the shape of a parameter.
 
-    Lightning takes the numbers for places in the module, which they are not where there are groups or frozen weights.
+    It numbers parameters in the order of the groups. Lightning takes the numbers for places in the module, which they
+    are not where there are groups or frozen weights.
     """
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    groups = [
-        dict(saved, params=[names[parameter] for parameter in group["params"]])
-        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
-    ]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
-    name_of = dict(zip(numbers, [name for group in groups for name in group["params"]], strict=True))
-    return {"state": {name_of[number]: values for number, values in state["state"].items()}, "param_groups": groups}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    like = dict(zip(numbers, parameters, strict=False))  # of other sizes: the optimizer itself says so
+    dealt = {
+        number: {key: _parts(value, like.get(number)) for key, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": dealt}
 
 
 def _sharded() -> None:

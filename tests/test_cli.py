@@ -18,6 +18,7 @@ from PIL import Image
 from masklr.cli import main, sentence_of
 
 RECIPE = Path(__file__).parents[1] / "configs" / "pretrain_digits.yaml"
+SHARDS = RECIPE.with_name("pretrain_cifar10_shards.yaml")
 MODEL = "--model.init_args.model.init_args."
 SMALL = [
     f"{MODEL}encoder_args={{'embed_dim': 16, 'depth': 2, 'num_heads': 2}}",
@@ -151,6 +152,9 @@ def test_weights_without_a_model_and_untrained_ones_are_told(
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.ckpt")
     run = ["test", f"--config={RECIPE}", f"--runs={tmp_path / 'runs'}", "--trainer.limit_test_batches=1"]
     assert "`ckpt_path` to be a checkpoint of a run" in answer(capsys, [*run, f"--ckpt_path={tmp_path / 'other.ckpt'}"])
+    torch.save({"state_dict": {"a": torch.zeros(2)}}, tmp_path / "weights.ckpt")
+    fit = ["fit", f"--config={RECIPE}", f"--runs={tmp_path / 'runs'}", f"--ckpt_path={tmp_path / 'weights.ckpt'}"]
+    assert "which has no 'optimizer_states'" in answer(capsys, fit)
     assert main(run) == 0
     assert "masklr: no `ckpt_path`: the weights are those that the recipe begins with" in capsys.readouterr().err
 
@@ -291,6 +295,10 @@ def test_mistake_in_a_recipe_is_one_sentence_and_leaves_no_folder(
         (
             ["fit", f"--config={RECIPE}", f"{MODEL}decoder=half"],
             "`decoder`: Expected one of 'full', 'cross', got half.",
+        ),
+        (
+            ["fit", f"--config={SHARDS}", "--data.init_args.streaming=maybe"],
+            "Expected 'auto' or true or false, got maybe.",
         ),
         (["fit", f"--config={RECIPE}", "--trainer.precision=17"], "`trainer.precision`: Expected one of 64, 32, 16, "),
         (["fit", f"--config={RECIPE}", f"{MODEL}decoder_heads=0"], "Expected `decoder_heads` of at least 1, got 0."),

@@ -8,17 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning import Callback
 
 from masklr import __version__, checkpoints
-from masklr.checkpoint_files import newest_sound
+from masklr.callbacks import RunCheckpoint
+from masklr.checkpoint_files import newest_sound, step_of
 from masklr.checkpoints import read, write
 from masklr.cli import main
 from masklr.resumed_run import ResumedRun
@@ -232,9 +234,17 @@ class SignalInFirstValidation(Callback):
                 os.kill(os.getpid(), self.number)
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Ctrl-C is not ignored, as it is where a script has put the tests into the background."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 @pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGINT, 2)])
 def test_signal_before_the_first_step(
-    number: int, times: int, runs, faults: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, times: int, runs, faults: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: None
 ) -> None:
     from masklr.recipe_cli import RecipeCLI
 
@@ -251,11 +261,10 @@ def test_signal_before_the_first_step(
         main(["fit", f"--config={recipe(tmp_path, 3)}", *SHORT, f"--runs={tmp_path / 'runs'}"])
     monkeypatch.undo()
     assert stopped.value.code == 128 + number
+    assert signal.getsignal(number) == handler
     if times == 2:
-        signal.signal(number, handler)  # Lightning ignores it from then on
         assert not list(tmp_path.glob("runs/*/*"))
         return
-    assert signal.getsignal(number) == handler
     (run,) = tmp_path.glob("runs/*/version_0")
     assert read(run / "checkpoints" / "last.ckpt")["global_step"] == 1
     assert main(["fit", f"--resume={run}"]) == 0
@@ -263,33 +272,84 @@ def test_signal_before_the_first_step(
     assert [entry for entry in found if ".ckpt is in one run only" not in entry] == []
 
 
+def ended_by(number: int, arguments: list[str], runs: Path, step: int) -> str:
+    """What a process of `masklr fit` says that is sent a signal once it has a checkpoint of a later step."""
+    program = (
+        "import signal, sys; from masklr.cli import main; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, "fit", *arguments]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **output) as process:
+        try:
+            while process.poll() is None:
+                if any(step_of(path) > step for path in runs.glob("*/version_0/checkpoints/step=*.ckpt")):
+                    break
+                time.sleep(0.05)
+            if number == signal.SIGINT:
+                os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches workers too
+            else:
+                process.terminate()
+            told, errors = process.communicate(timeout=120)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    assert ("masklr: Ctrl-C: ends after the next checkpoint" in errors) == (number == signal.SIGINT)
+    return told
+
+
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2)])
 def test_process_that_is_sent_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(
     number: int, workers: int, faults: ModuleType, tmp_path: Path
 ) -> None:
-    program = "import sys; from masklr.cli import main; sys.exit(main(sys.argv[1:]))"
     options = [*SHORT, "--trainer.max_steps=100000", f"--runs={tmp_path / 'runs'}"]
-    options += faults.data_options(RECIPE, workers, tmp_path)
-    command = [sys.executable, "-c", program, "fit", f"--config={recipe(tmp_path, 3)}", *options]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        while process.poll() is None and not list(tmp_path.glob("runs/*/version_0/checkpoints/last.ckpt")):
-            time.sleep(0.05)
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches workers too
-        else:
-            process.terminate()
-        told, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, errors
-    assert "Traceback" not in errors
-    assert ("masklr: Ctrl-C: ends after the next checkpoint" in errors) == (number == signal.SIGINT)
-    (run,) = tmp_path.glob("runs/*/version_0")
-    step = read(run / "checkpoints" / "last.ckpt")["global_step"]
-    assert f"masklr: {signal.Signals(number).name} at step {step}; to go on: masklr fit --resume {run}" in told
-    assert newest_sound(run / "checkpoints") == run / "checkpoints" / f"step={step:08d}.ckpt"
+    begin = [f"--config={recipe(tmp_path, 3)}", *options, *faults.data_options(RECIPE, workers, tmp_path)]
+    run, step = tmp_path / "runs" / "faults_digits" / "version_0", 0
+    for arguments in (begin, [f"--resume={run}"]):
+        told = ended_by(number, arguments, tmp_path / "runs", step)
+        step = read(run / "checkpoints" / "last.ckpt")["global_step"]
+        assert f"masklr: {signal.Signals(number).name} at step {step}; to go on: masklr fit --resume {run}" in told
+        assert newest_sound(run / "checkpoints") == run / "checkpoints" / f"step={step:08d}.ckpt"
     assert main(["fit", f"--resume={run}", f"--trainer.max_steps={step + 3}"]) == 0
     assert read(run / "checkpoints" / "last.ckpt")["global_step"] == step + 3
+
+
+@pytest.fixture
+def listening(tmp_path: Path, heard: None) -> Iterator[RunCheckpoint]:
+    """A callback that listens for signals, which this process then no longer does."""
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    callback = RunCheckpoint()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    callback.on_sanity_check_start(trainer, pl.LightningModule())
+    yield callback
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
+def test_signal_that_came_first_counts_and_ctrl_c_ends_at_once(listening: RunCheckpoint) -> None:
+    signal.raise_signal(signal.SIGUSR1)
+    signal.raise_signal(signal.SIGTERM)  # of SLURM's limit: the job is still to be put back into the queue
+    assert listening._signal == signal.SIGUSR1
+    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_is_heard_where_nobody_reads_what_is_told(listening: RunCheckpoint) -> None:
+    """As in `masklr fit ... |& tee log`, whose `tee` it ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stderr = os.dup(2)
+    try:
+        os.dup2(writer, 2)
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(writer)
+    assert listening._signal == signal.SIGINT
 
 
 # ------------------------------------------------------------------------------------------------- flags and bad input

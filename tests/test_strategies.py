@@ -28,7 +28,7 @@ class Sharded(pl.Callback):
     on_validation_batch_end = on_train_batch_end
 
 
-def make_task():
+def make_task(in_chans=1):
     from masklr.layers import DropConnect
     from masklr.models import MaskedAutoencoder
     from masklr.optim import Optim
@@ -38,7 +38,7 @@ def make_task():
     model = MaskedAutoencoder(
         image_size=8,
         patch_size=2,
-        in_chans=1,
+        in_chans=in_chans,
         decoder_dim=16,
         decoder_depth=2,
         decoder_heads=2,
@@ -48,10 +48,10 @@ def make_task():
     return Pretraining(model, Optim(base_lr=4e-3), mean=[0.305], std=[0.376], masks=masks)
 
 
-def trainer_of(folder, name, strategy):
+def trainer_of(folder, name, strategy, watched=True):
     warnings.filterwarnings("ignore")
     checkpoints = RunCheckpoint(every_n_steps=1, keep_last=9, best=None)
-    observers = [Sharded()] if isinstance(strategy, FullyShard) else []
+    observers = [Sharded()] if isinstance(strategy, FullyShard) and watched else []
     return pl.Trainer(
         accelerator="cpu",
         devices=2,
@@ -96,11 +96,51 @@ def in_one_of_two(rank, folder):
         trainer = trainer_of(folder, "measured", strategy)
         measured += trainer.validate(make_task(), digits(), ckpt_path=whole, verbose=False)
     torch.save(measured, folder / f"measured_{rank}.pt")
-    trainer = trainer_of(folder, "refused", FullyShard(timedelta(minutes=5)))
-    task = make_task()
-    task.model.encoder.norm.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"same optimizers, got .*, whose groups have \[\[19, 41\]\] parameters, not"):
-        trainer.fit(task, datamodule=digits(), ckpt_path=whole)
+    frozen, other = make_task(), make_task(in_chans=3)
+    frozen.model.encoder.norm.requires_grad_(False)
+    refusals = {"doesn't match the size": frozen, "size mismatch for model.encoder.patch_embed.proj.weight": other}
+    for sentence, task in refusals.items():
+        trainer = trainer_of(folder, "refused", FullyShard(timedelta(minutes=5)))
+        with pytest.raises((ValueError, RuntimeError), match=sentence):
+            trainer.fit(task, datamodule=digits(), ckpt_path=whole)
+    torch.save(states_come_back(folder, rank), folder / f"states_{rank}.pt")
+
+
+def states_come_back(folder, rank):
+    """Whether optimizers without a state, or with one for some weights only, go on under FullyShard."""
+    same = []
+    for name, options in {"plain": {}, "momentum": {"momentum": 0.9}}.items():
+        runs = []
+        begun = folder / f"{name}_0" / "checkpoints" / "step=00000002.ckpt"
+        strategies = {"ddp_find_unused_parameters_true": None, FullyShard(timedelta(minutes=5)): begun}
+        for number, (strategy, ckpt_path) in enumerate(strategies.items()):
+            trainer = trainer_of(folder, f"{name}_{number}", strategy, watched=False)
+            trainer.fit(Unused(options), datamodule=digits(), ckpt_path=ckpt_path)
+            runs.append(last(folder, f"{name}_{number}"))
+        one, other = (run["state_dict"] for run in runs)
+        same.append(all(torch.allclose(one[key], other[key], rtol=1e-5, atol=1e-7) for key in one))
+        same.append([sorted(run["optimizer_states"][0]["state"]) for run in runs])
+    return same
+
+
+class Unused(pl.LightningModule):
+    """Two layers, of which one never has a gradient."""
+
+    def __init__(self, options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.options = options
+        self.layers = nn.ModuleList([nn.Linear(64, 10), nn.Linear(64, 10)])
+
+    def training_step(self, batch, batch_idx):
+        logits = self.layers[1](batch[0].flatten(1).float() / 16)
+        return nn.functional.cross_entropy(logits, batch[1]) + 0 * batch_idx
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, **self.options)
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +198,15 @@ def test_whole_weights_are_measured_with_sharded_ones(folder):
         assert whole.keys() == parts.keys()
         assert "val/loss" in whole
         assert parts["val/loss"] == pytest.approx(whole["val/loss"], rel=1e-4)
+
+
+def test_optimizer_without_a_state_for_every_weight_goes_on(folder):
+    for rank in (0, 1):
+        plain, plain_states, momentum, momentum_states = torch.load(folder / f"states_{rank}.pt")
+        assert plain
+        assert plain_states[0] == plain_states[1]
+        assert momentum
+        assert momentum_states[0] == momentum_states[1]
 
 
 def test_name_is_enough():

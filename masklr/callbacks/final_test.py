@@ -1,5 +1,6 @@
 """Accuracy on the test split, once, when all is decided."""
 
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -17,7 +18,8 @@ class FinalTest(pl.Callback):
     The weights are those of the last step, or their running average where Lightning's `WeightAveraging` (or
     `EMAWeightAveraging`) stands before this callback: no checkpoint is chosen by what is measured. Logs
     `test/accuracy`, a share in [0, 1], and `test/loss`, the cross-entropy, of what `forward` returns for the images of
-    the data module's `test_dataloader()`; of all, unless the trainer's `limit_test_batches` says less.
+    the data module's `test_dataloader()`; of all, unless the trainer's `limit_test_batches` says less. The split is
+    opened, and decoded if it lives in memory, before training, so that one that is missing is found then.
 
     Args:
         inputs: Where a batch has its images: an index or a key.
@@ -34,7 +36,9 @@ class FinalTest(pl.Callback):
         """See that there is something to test on, before training begins."""
         if stage == "fit":
             self._recording = Recording(trainer, "final_test")
-            self._test_dataloader(trainer)()
+            loader = self._test_dataloader(trainer)()
+            if isinstance(loader, Sequence | Mapping):
+                raise ValueError(f"Expected a data module with one test loader, got {len(loader)}.")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the split and log it at the last step."""

@@ -1,5 +1,6 @@
 """When a run writes its checkpoints, and which of them it keeps."""
 
+import contextlib
 import logging
 import os
 import re
@@ -34,7 +35,7 @@ class RunCheckpoint(Checkpoint):
     Ctrl-C (SIGINT), SIGTERM, and SIGUSR1, which SLURM sends ahead of a time limit or a pre-emption
     (`#SBATCH --signal=USR1@300`), have a checkpoint written at the next such place, at step 1 if training has yet to
     begin, and then end the process with exit code 128 + signal; after SIGUSR1 in a SLURM job, the job is put back into
-    the queue. A second signal ends the process at once.
+    the queue. A second one of its kind, or Ctrl-C after any, ends the process at once.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints, besides those after validations; None for none.
@@ -87,7 +88,7 @@ class RunCheckpoint(Checkpoint):
         self._signal = self._listens_in = None
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen for signals, the first hook that can."""
+        """Listen for signals, in the first hook after Lightning has set handlers of its own."""
         self._listen(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -189,19 +190,24 @@ class RunCheckpoint(Checkpoint):
             path.unlink(missing_ok=True)  # `best.ckpt` is a name of its own
 
     def _on_signal(self, number: int, frame: object) -> None:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT or signal.getsignal(signal.SIGINT) == self._on_signal:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if os.getpid() != self._listens_in:  # a worker of the data, which the terminal's Ctrl-C reaches too
             return
-        self._signal = number
+        if self._signal is None:  # SLURM's limit sends SIGTERM after SIGUSR1, and the job is still to be requeued
+            self._signal = number
         if number == signal.SIGINT and self._tells:
-            # Not `print`, which may be what was interrupted.
-            os.write(2, b"\nmasklr: Ctrl-C: ends after the next checkpoint; once more: at once\n")
+            with contextlib.suppress(OSError):  # a reader that Ctrl-C has ended; not `print`, which it may interrupt
+                os.write(2, b"\nmasklr: Ctrl-C: ends after the next checkpoint; once more: at once\n")
 
     def _stop(self, trainer: pl.Trainer) -> None:
         number = self._signal or signal.SIGTERM
         if trainer.is_global_zero:
             name = signal.Signals(number).name
-            print(f"masklr: {name} at step {trainer.global_step}; to go on: masklr fit --resume {self.folder.parent}")
+            with contextlib.suppress(OSError):
+                told = f"masklr: {name} at step {trainer.global_step}; to go on: masklr fit --resume"
+                print(f"{told} {self.folder.parent}", flush=True)
             if number == signal.SIGUSR1:
                 requeue()
         # Lightning kills the run as soon as one of the processes that it started itself ends with another code than 0.

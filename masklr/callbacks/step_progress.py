@@ -1,5 +1,6 @@
 """Progress of a run in optimizer steps."""
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -113,9 +114,10 @@ class StepProgress(ProgressBar):
 
     def _draw(self, text: str) -> None:
         self._drawn = time.perf_counter()
-        print(
-            f"\r{text:<100}" if self._terminal else text,
-            end="" if self._terminal else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
+        with contextlib.suppress(OSError):  # nobody reads any more
+            print(
+                f"\r{text:<100}" if self._terminal else text,
+                end="" if self._terminal else "\n",
+                file=sys.stderr,
+                flush=True,
+            )

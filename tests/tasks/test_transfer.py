@@ -209,6 +209,13 @@ def test_final_test_of_data_whose_test_split_is_missing_is_refused_before_traini
         make_trainer(tmp_path, max_steps=1, callbacks=[FinalTest()]).fit(task, data)
     assert task.trainer.global_step == 0
 
+    class Two(type(make_digits())):
+        def test_dataloader(self):
+            return [super().test_dataloader()] * 2
+
+    with pytest.raises(ValueError, match="one test loader, got 2"):
+        make_trainer(tmp_path, max_steps=1, callbacks=[FinalTest()]).fit(task, Two(batch_size=64))
+
 
 def test_final_test_changes_nothing(pretrained, make_trainer, make_digits, tmp_path):
     states = []
