@@ -1,5 +1,6 @@
 """Weights dealt out to several processes (FSDP2), for any LightningModule, with checkpoints that are one file."""
 
+import zipfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy, StrategyRegistry
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_map_only
 
 from masklr.checkpoint_files import damage
 
@@ -71,7 +73,8 @@ class FullyShard(ModelParallelStrategy):
             raise ValueError(f"Expected a sound checkpoint, got {path}, which {problem}.")
         module = self.lightning_module
         assert module is not None
-        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        mmap = zipfile.is_zipfile(path)  # torch has not always written archives
+        checkpoint = torch.load(path, mmap=mmap, map_location="cpu", weights_only=True)
         own = module.state_dict()
         weights = {name: _parts(tensor, own.get(name)) for name, tensor in checkpoint.pop("state_dict").items()}
         module.load_state_dict(weights, strict=module.strict_loading)
@@ -83,7 +86,9 @@ class FullyShard(ModelParallelStrategy):
                 )
             for optimizer, state in zip(self.optimizers, states, strict=True):
                 optimizer.load_state_dict(_parts_of_state(state, optimizer))
-        return checkpoint
+        # What callbacks and loops take over must not live in a file that is removed one day.
+        kept = {key: value for key, value in checkpoint.items() if key != "optimizer_states"}
+        return checkpoint | tree_map_only(Tensor, Tensor.clone, kept)
 
 
 def _parts(tensor: Any, like: Tensor | None) -> Any:
@@ -105,7 +110,7 @@ def _parts_of_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     like = dict(zip(numbers, parameters, strict=False))  # of other sizes: the optimizer itself says so
     dealt = {
-        number: {key: _parts(value, like.get(number)) for key, value in values.items()}
+        number: tree_map_only(Tensor, Tensor.clone, {key: _parts(v, like.get(number)) for key, v in values.items()})
         for number, values in state["state"].items()
     }
     return {**state, "state": dealt}

@@ -15,7 +15,7 @@ from pytorch_lightning import Callback
 from masklr import checkpoints
 from masklr.callbacks import RunCheckpoint
 from masklr.callbacks.run_state import check_entries
-from masklr.checkpoint_files import damage, newest_sound
+from masklr.checkpoint_files import damage, newest_sound, sound_checkpoint
 from masklr.checkpoints import WholeCheckpointIO, link, read, write
 
 CONTENT = {"weights": torch.arange(3000.0), "half": torch.ones(7, dtype=torch.bfloat16), "step": 3, "names": ["a", "b"]}
@@ -329,3 +329,17 @@ def test_best_may_be_the_last_validation(steps_of_run) -> None:
 def test_value_outside_its_range_is_named(option: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"`{option}`"):
         RunCheckpoint(**{option: value})
+
+
+def test_file_of_an_old_torch_is_read_and_an_empty_one_is_torn(tmp_path):
+    old, empty, text = (tmp_path / f"{name}.ckpt" for name in ("old", "empty", "text"))
+    torch.save({"state_dict": {"a": torch.arange(3)}}, old, _use_new_zipfile_serialization=False)
+    empty.touch()
+    text.write_text("step,loss\n")
+    assert sound_checkpoint(old) == old
+    assert torch.equal(read(old)["state_dict"]["a"], torch.arange(3))
+    old.write_bytes(old.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="which torch cannot read"):
+        read(old)
+    assert damage(empty) == "is torn or damaged: it is empty"
+    assert damage(text) == "is no checkpoint: it is no zip archive"
