@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there, and when a run writes them."""
 
+import contextlib
 import errno
 import os
 import random
@@ -343,3 +344,12 @@ def test_file_of_an_old_torch_is_read_and_an_empty_one_is_torn(tmp_path):
         read(old)
     assert damage(empty) == "is torn or damaged: it is empty"
     assert damage(text) == "is no checkpoint: it is no zip archive"
+
+
+def test_spoiled_file_of_an_old_torch_is_one_sentence(tmp_path):
+    torch.save({"state_dict": {"a": torch.arange(3)}}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "old.ckpt").read_bytes()
+    for place in range(1, len(whole), 3):
+        (tmp_path / "old.ckpt").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with contextlib.suppress(ValueError):
+            read(tmp_path / "old.ckpt")
