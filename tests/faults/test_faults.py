@@ -32,5 +32,4 @@ def test_forked_run_of_two_processes_is_killed_and_survives() -> None:
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 processes, DDPStrategy: 2 kills in" in done.stdout
-    assert "all had ended after one was killed" in done.stdout
     assert "differences: 0" in done.stdout
