@@ -76,7 +76,9 @@ class FullyShard(ModelParallelStrategy):
         mmap = zipfile.is_zipfile(path)  # torch has not always written archives
         checkpoint = torch.load(path, mmap=mmap, map_location="cpu", weights_only=True)
         own = module.state_dict()
-        weights = {name: _parts(tensor, own.get(name)) for name, tensor in checkpoint.pop("state_dict").items()}
+        names = {name.replace("_orig_mod.", ""): name for name in own}  # torch saves without what compilation adds
+        saved = {names.get(name, name): tensor for name, tensor in checkpoint.pop("state_dict").items()}
+        weights = {name: _parts(tensor, own.get(name)) for name, tensor in saved.items()}
         module.load_state_dict(weights, strict=module.strict_loading)
         if module.trainer.state.fn == "fit":
             states = checkpoint["optimizer_states"]

@@ -109,16 +109,19 @@ def in_one_of_two(rank, folder):
 def states_come_back(folder, rank):
     """Whether optimizers without a state, or with one for some weights only, go on under FullyShard."""
     same = []
-    for name, options in {"plain": {}, "momentum": {"momentum": 0.9}}.items():
+    for name, options in {"plain": {}, "momentum": {"momentum": 0.9}, "compiled": {}}.items():
         runs = []
-        begun = folder / f"{name}_0" / "checkpoints" / "step=00000002.ckpt"
-        strategies = {"ddp_find_unused_parameters_true": None, FullyShard(timedelta(minutes=5)): begun}
-        for number, (strategy, ckpt_path) in enumerate(strategies.items()):
+        for number, step in enumerate((None, 2, 3)):  # of the run before
+            strategy = FullyShard(timedelta(minutes=5)) if number else "ddp_find_unused_parameters_true"
+            begun = folder / f"{name}_{number - 1}" / "checkpoints" / f"step={step:08d}.ckpt" if number else None
+            task = Unused(options)
+            if name == "compiled":
+                task.layers[1] = torch.compile(task.layers[1], backend="eager")
             trainer = trainer_of(folder, f"{name}_{number}", strategy, watched=False)
-            trainer.fit(Unused(options), datamodule=digits(), ckpt_path=ckpt_path)
+            trainer.fit(task, datamodule=digits(), ckpt_path=begun)
             runs.append(last(folder, f"{name}_{number}"))
-        one, other = (run["state_dict"] for run in runs)
-        same.append(all(torch.allclose(one[key], other[key], rtol=1e-5, atol=1e-7) for key in one))
+        one, *others = ({k.replace("_orig_mod.", ""): v for k, v in run["state_dict"].items()} for run in runs)
+        same.append(all(torch.allclose(one[k], other[k], rtol=1e-5, atol=1e-7) for other in others for k in one))
         same.append([sorted(run["optimizer_states"][0]["state"]) for run in runs])
     return same
 
@@ -202,11 +205,12 @@ def test_whole_weights_are_measured_with_sharded_ones(folder):
 
 def test_optimizer_without_a_state_for_every_weight_goes_on(folder):
     for rank in (0, 1):
-        plain, plain_states, momentum, momentum_states = torch.load(folder / f"states_{rank}.pt")
+        plain, plain_states, momentum, momentum_states, compiled, _ = torch.load(folder / f"states_{rank}.pt")
         assert plain
-        assert plain_states[0] == plain_states[1]
+        assert compiled
+        assert plain_states[0] == plain_states[1] == plain_states[2]
         assert momentum
-        assert momentum_states[0] == momentum_states[1]
+        assert momentum_states[0] == momentum_states[1] == momentum_states[2]
 
 
 def test_name_is_enough():
