@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from masklr.checkpoint_files import sound_checkpoint
 from masklr.models.pretrained import load_encoder
 from masklr.models.run_encoder import is_file, pretrained_encoder
-from masklr.models.timm_models import check_size, pair, timm_model
+from masklr.models.timm_models import check_size, pair, size_options, timm_model
 
 
 class Classifier(nn.Module):
@@ -63,10 +63,8 @@ class Classifier(nn.Module):
 
         if num_classes < 1:
             raise ValueError(f"Expected `num_classes` of at least 1, got {num_classes}.")
-        sizes = {"img_size": pair(image_size), "patch_size": pair(patch_size), "in_chans": in_chans}
         if isinstance(backbone, str):
-            given = {argument: value for argument, value in sizes.items() if value is not None}
-            options = {**given, **(backbone_args or {})}
+            options = {**size_options(image_size, patch_size, in_chans), **(backbone_args or {})}
             self.backbone = _backbone_by_name(backbone, options, pretrained, weights)
         else:
             unwanted = {

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from masklr.models.timm_models import pair, timm_model
+from masklr.models.timm_models import pair, size_options, timm_model
 
 
 def encoder_options(
@@ -29,12 +29,10 @@ def encoder_options(
     image, patch = pair(image_size), pair(patch_size)
     if image and patch:
         _check_divides(image, patch)
-    sizes = {"img_size": image, "patch_size": patch, "in_chans": in_chans}
     # Without a class token timm must not pool by it; its final norm has to stay before pooling, where the decoder
     # reads.
     pooling = {"global_pool": "token" if encoder_args.get("class_token", True) else "avg", "fc_norm": False}
-    given = {argument: value for argument, value in sizes.items() if value is not None}
-    return {"num_classes": 0, **given, **pooling, **encoder_args}
+    return {"num_classes": 0, **size_options(image, patch, in_chans), **pooling, **encoder_args}
 
 
 def named_encoder(

@@ -8,7 +8,7 @@ import torch
 from masklr.checkpoint_files import sound_checkpoint
 from masklr.models.encoders import encoder_options
 from masklr.models.pretrained import load_encoder
-from masklr.models.timm_models import pair, timm_model
+from masklr.models.timm_models import size_options, timm_model
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
@@ -60,9 +60,7 @@ def run_backbone_options(checkpoint: Path) -> tuple[str, dict[str, Any]]:
     name = options.get("backbone")
     if not str(model.get("class_path", "")).endswith("Classifier") or not isinstance(name, str):
         raise ValueError(f"Expected a run of a classifier with a backbone by name, got {recipe}, which is of none.")
-    sizes = {"img_size": options.get("image_size"), "patch_size": options.get("patch_size")}
-    sizes = {argument: pair(size) for argument, size in sizes.items()} | {"in_chans": options.get("in_chans")}
-    given = {argument: value for argument, value in sizes.items() if value is not None}
+    given = size_options(*(options.get(size) for size in ("image_size", "patch_size", "in_chans")))
     given |= options.get("backbone_args") or {}
     if not is_file(name):
         return name, _without_unused_size(name, {"num_classes": 0, **given, "pretrained": False})

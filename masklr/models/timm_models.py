@@ -46,6 +46,19 @@ def pair(size: int | Sequence[int] | None) -> tuple[int, int] | None:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def size_options(
+    image_size: int | Sequence[int] | None, patch_size: int | Sequence[int] | None, in_chans: int | None
+) -> dict[str, Any]:
+    """Those of three sizes that are given, as options of `timm.create_model`.
+
+    Example:
+        >>> size_options(32, None, 1)
+        {'img_size': (32, 32), 'in_chans': 1}
+    """
+    sizes = {"img_size": pair(image_size), "patch_size": pair(patch_size), "in_chans": in_chans}
+    return {option: size for option, size in sizes.items() if size is not None}
+
+
 def check_size(images: Tensor, in_chans: int | None, image_size: tuple[int, int] | None) -> None:
     """Raise unless images (B, C, H, W) have these channels and this height and width; None allows any."""
     wanted = (in_chans, *(image_size or (None, None)))
