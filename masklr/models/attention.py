@@ -20,10 +20,10 @@ MAX_TOKENS_BY_PRODUCTS = {torch.bfloat16: 512, torch.float32: 48}
 
 
 class _AttentionByProducts(torch.autograd.Function):
-    """softmax(Q K^T / sqrt(d)) V by batched products; the probabilities are kept for the backward pass."""
+    """softmax(Q K^T / sqrt(d)) V of the last queries by batched products; probabilities are kept for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, num_heads: int, scale: float) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, num_heads: int, scale: float, last: int) -> Tensor:
         batch, tokens, width = qkv.shape
         head_dim = width // (3 * num_heads)
         # (3, B * heads, N, d), contiguous: one copy instead of three inside bmm.
@@ -32,6 +32,7 @@ class _AttentionByProducts(torch.autograd.Function):
             .permute(2, 0, 3, 1, 4)
             .reshape(3, batch * num_heads, tokens, head_dim)
         )
+        q = q[:, -last:].contiguous()
         # The products are computed in qkv's own dtype; autocast would take softmax to float32 and back, a copy each.
         with torch.autocast(qkv.device.type, enabled=False):
             scores = torch.baddbmm(qkv.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
@@ -39,10 +40,10 @@ class _AttentionByProducts(torch.autograd.Function):
             out = torch.bmm(probabilities, v)
         ctx.save_for_backward(q, k, v, probabilities)
         ctx.num_heads, ctx.scale = num_heads, scale
-        return out.view(batch, num_heads, tokens, head_dim).transpose(1, 2).reshape(batch, tokens, width // 3)
+        return out.view(batch, num_heads, last, head_dim).transpose(1, 2).reshape(batch, last, width // 3)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
         if torch.is_grad_enabled():
             # `once_differentiable` would leave this path out of a second derivative without a word.
             raise RuntimeError(
@@ -50,20 +51,22 @@ class _AttentionByProducts(torch.autograd.Function):
                 "`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`."
             )
         q, k, v, probabilities = ctx.saved_tensors
-        products, tokens, head_dim = q.shape
-        num_heads = ctx.num_heads
+        products, last, head_dim = q.shape
+        tokens, num_heads = k.shape[1], ctx.num_heads
         batch = products // num_heads
         with torch.autocast(q.device.type, enabled=False):
-            grad_out = grad_out.view(batch, tokens, num_heads, head_dim).transpose(1, 2).reshape(q.shape)
+            grad_out = grad_out.view(batch, last, num_heads, head_dim).transpose(1, 2).reshape(q.shape)
             grads = q.new_empty(3, products, tokens, head_dim)
             torch.bmm(probabilities.transpose(1, 2), grad_out, out=grads[2])
             grad_scores = torch._softmax_backward_data(
                 torch.bmm(grad_out, v.transpose(1, 2)), probabilities, -1, probabilities.dtype
             )
-            torch.baddbmm(grads[0], grad_scores, k, beta=0, alpha=ctx.scale, out=grads[0])
+            grads[0, :, :-last] = 0  # of tokens that do not ask
+            grad_q = grads[0, :, -last:]
+            torch.baddbmm(grad_q, grad_scores, k, beta=0, alpha=ctx.scale, out=grad_q)
             torch.baddbmm(grads[1], grad_scores.transpose(1, 2), q, beta=0, alpha=ctx.scale, out=grads[1])
         grad_qkv = grads.view(3, batch, num_heads, tokens, head_dim).permute(1, 3, 0, 2, 4)
-        return grad_qkv.reshape(batch, tokens, 3 * num_heads * head_dim), None, None
+        return grad_qkv.reshape(batch, tokens, 3 * num_heads * head_dim), None, None, None
 
 
 def compiled_products(
@@ -94,7 +97,7 @@ def attention(
     Args:
         qkv: Queries, keys and values side by side, each heads x d wide, as timm's `Attention.qkv` gives them.
         num_heads: Number of heads.
-        last: How many tokens ask, the last ones; all if None. Every token is asked in either case.
+        last: How many tokens ask, the last ones, at least 1; all if None. Every token is asked in either case.
 
     Returns:
         The heads' outputs side by side, before the output projection. Twice differentiable under
@@ -114,8 +117,7 @@ def attention(
         return compiled_products(q, k, v)
     # Whoever asks for the math kernel wants second derivatives.
     if by_products and torch.backends.cuda.flash_sdp_enabled():
-        out = _AttentionByProducts.apply(qkv, num_heads, head_dim**-0.5)
-        return out if last is None else out[:, -last:]
+        return _AttentionByProducts.apply(qkv, num_heads, head_dim**-0.5, tokens if last is None else last)
     # Split along the last axis: the backward pass then writes the three gradients side by side in one copy, where the
     # usual permute and unbind take two.
     q, k, v = (part.view(batch, tokens, num_heads, head_dim).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
