@@ -34,7 +34,11 @@ class ResumedRun:
             raise FileNotFoundError(f"Expected `resume` to be the folder of a run, but there is no folder {folder}.")
         self.recipe = folder / "config.yaml"
         if not self.recipe.is_file():
-            raise FileNotFoundError(f"Expected `resume` to be the folder of a run, but {folder} has no config.yaml.")
+            inside = sorted(folder.glob("version_*/config.yaml"), key=lambda path: path.stat().st_mtime)
+            hint = f"; did you mean {inside[-1].parent}?" if inside else "."
+            raise FileNotFoundError(
+                f"Expected `resume` to be the folder of a run, but {folder} has no config.yaml{hint}"
+            )
         if any(re.match(r"--ckpt_path(=|$)", option) for option in options):
             raise ValueError("Expected no `ckpt_path` beside `resume`, which takes the newest sound checkpoint.")
         checkpoint = newest_sound(folder / "checkpoints")
@@ -45,13 +49,15 @@ class ResumedRun:
             )
         content = read(checkpoint)
         state = content.get(STATE, {})
-        version, step = state.get("version", "0") if isinstance(state, dict) else None, content.get("global_step")
-        if not isinstance(version, str) or not isinstance(step, int):
+        version = state.get("version", "0") if isinstance(state, dict) else None
+        step, epoch = content.get("global_step"), content.get("epoch")
+        if not isinstance(version, str) or not isinstance(step, int) or not isinstance(epoch, int):
             raise ValueError(f"Expected a checkpoint of a run, got {checkpoint}, which does not say where it stands.")
         if _numbers(version) > _numbers(__version__):
             raise ValueError(f"Expected a run of masklr {__version__} or older to resume, got one of {version}.")
         self.folder, self.checkpoint, self.options = folder, checkpoint, options
         self.step: int = step
+        self.epoch: int = epoch
         self.wandb_id: str | None = state.get("wandb_id")
         self.changes: dict[str, tuple[Any, Any]] = {}
 
@@ -68,7 +74,7 @@ class ResumedRun:
             recipe: The recipe that is about to run, likewise.
 
         Raises:
-            ValueError: A recipe on the command line differs from the run's.
+            ValueError: A recipe on the command line differs from the run's, or an option could not have an effect.
         """
         found = changes(yaml.safe_load(stored), yaml.safe_load(recipe))
         found = {key: values for key, values in found.items() if key not in _NOT_COMPARED}
@@ -82,7 +88,17 @@ class ResumedRun:
         if others:
             told = "; ".join(f"{key} is {_shown(new)}, not {_shown(old)}" for key, (old, new) in others.items())
             raise ValueError(f"Expected the recipe of {self.folder} to resume it, got another: {told}.")
+        self._check(found)
         self.changes = found
+
+    def _check(self, changed: dict[str, tuple[Any, Any]]) -> None:
+        """Raise for options that could not have an effect."""
+        if "name" in changed:
+            raise ValueError(f"Expected no `name` beside `resume`, which goes on in {self.folder}, got another.")
+        for key, reached in (("trainer.max_steps", self.step), ("trainer.max_epochs", self.epoch)):
+            _, limit = changed.get(key, (None, None))
+            if isinstance(limit, int) and 0 <= limit <= reached:
+                raise ValueError(f"Expected `{key}` above {reached}, where {self.folder} goes on, got {limit}.")
 
     def announce(self) -> None:
         """Tell where the run goes on, and with what changed."""

@@ -459,6 +459,9 @@ def test_half_written_files_of_a_killed_process_are_removed(runs, faults, interr
         (lambda run: (run / "config.yaml").unlink(), [], "has no config.yaml"),
         (lambda run: None, ["--ckpt_path=x.ckpt"], "Expected no `ckpt_path` beside `resume`"),
         (lambda run: None, ["--trainer.max_step=3"], "did you mean trainer.max_steps"),
+        (lambda run: None, ["--trainer.max_steps=5"], "Expected `trainer.max_steps` above 5, where "),
+        (lambda run: None, ["--trainer.max_epochs=0"], "Expected `trainer.max_epochs` above "),
+        (lambda run: None, ["--name=other"], "Expected no `name` beside `resume`"),
         (
             lambda run: None,
             [f"--config={ROOT / 'configs' / 'pretrain_digits.yaml'}"],
@@ -473,6 +476,13 @@ def test_what_cannot_be_resumed_is_one_sentence_and_the_folder_stays_as_it_is(
     before = contents(interrupted)
     assert told in answer(capsys, ["fit", f"--resume={interrupted}", *arguments])
     assert contents(interrupted) == before
+
+
+def test_folder_of_runs_is_answered_with_its_newest(interrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (interrupted.parent / "version_1").mkdir()
+    (interrupted.parent / "version_1" / "config.yaml").touch()
+    os.utime(interrupted.parent / "version_1" / "config.yaml", (1, 1))
+    assert answer(capsys, ["fit", f"--resume={interrupted.parent}"]).endswith(f"did you mean {interrupted}?")
 
 
 def test_run_of_a_newer_version_is_refused(interrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
