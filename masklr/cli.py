@@ -4,11 +4,13 @@ Imports nothing heavy: `masklr --help` answers at once. Commands that need Light
 `masklr measure` and `masklr export` in `masklr.measure_cli` and `masklr.export_cli`.
 """
 
+import contextlib
 import errno
 import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from masklr import __version__
@@ -75,18 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         return _failed(f"Expected a command, got {command!r}{did_you_mean(command, COMMANDS)}")
     try:
-        if command == "measure":
-            from masklr.measure_cli import run as measure
-
-            measure(arguments[1:])
-        elif command == "export":
-            from masklr.export_cli import run as export
-
-            export(arguments[1:])
-        else:
-            from masklr.recipe_cli import run
-
-            run(arguments)
+        with _one_notice_of_workers():
+            _run(command, arguments)
     except Exception as error:
         sentence = sentence_of(error)
         if sentence is None or os.environ.get("MASKLR_DEBUG"):
@@ -95,6 +87,41 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    if command == "measure":
+        from masklr.measure_cli import run as measure
+
+        measure(arguments[1:])
+    elif command == "export":
+        from masklr.export_cli import run as export
+
+        export(arguments[1:])
+    else:
+        from masklr.recipe_cli import run
+
+        run(arguments)
+
+
+@contextlib.contextmanager
+def _one_notice_of_workers() -> Iterator[None]:
+    """Leave out the stack trace of a killed worker process noticed where Python ignores errors: it is noticed again.
+
+    torch raises in a signal handler, so also inside finalizers and callbacks of weak references, where Python prints
+    the error and goes on. The loader then finds the worker gone when it next waits for data.
+    """
+    former = sys.unraisablehook
+
+    def hook(ignored: "sys.UnraisableHookArgs") -> None:
+        if not re.search(WORKER, str(ignored.exc_value)):
+            former(ignored)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = former
 
 
 def _failed(sentence: str) -> int:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def new_run_folder(runs: Path, name: str, command: str) -> Path:
-    """Make and return `runs/name/version_N`, N the first free number; `command_N` for commands other than fit.
+    """Make and return `runs/name/version_N`, N after the largest there; `command_N` for commands other than fit.
 
     Making the folder is what takes the number, so two runs that start together never share one. Further processes of
     a run take the folder of the first from the environment.
@@ -35,8 +35,10 @@ def new_run_folder(runs: Path, name: str, command: str) -> Path:
         return Path(os.environ.get("MASKLR_RUN_FOLDER", runs / name / f"rank_{rank}"))
     prefix = "version" if command == "fit" else command
     parent = runs / name
-    number = 0
     try:
+        parent.mkdir(parents=True, exist_ok=True)
+        taken = [path.name.removeprefix(f"{prefix}_") for path in parent.glob(f"{prefix}_*")]
+        number = 1 + max((int(suffix) for suffix in taken if suffix.isdecimal()), default=-1)
         while True:
             parent.mkdir(parents=True, exist_ok=True)
             folder = parent / f"{prefix}_{number}"

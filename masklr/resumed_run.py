@@ -1,5 +1,6 @@
 """What `masklr fit --resume RUN` takes from the folder of an interrupted run, and what may differ from it."""
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -119,7 +120,8 @@ class ResumedRun:
         new = yaml.safe_load(recipe)
         old = yaml.safe_load(former)
         new |= {key: old.get(key) for key in _NOT_COMPARED if key in new}
-        return yaml.safe_dump(new, sort_keys=False)
+        header = itertools.takewhile(lambda line: line.startswith("#"), recipe.splitlines(keepends=True))
+        return "".join(header) + yaml.safe_dump(new, sort_keys=False)
 
 
 def without_resume(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -331,6 +331,23 @@ def test_killed_worker_is_told_with_its_signal_where_torch_knows_it(told: str, e
     assert sentence == f"Expected the worker processes of the data (`num_workers`) to go on, {end}"
 
 
+@pytest.mark.parametrize(
+    ("error", "printed"), [("DataLoader worker (pid 12) is killed by signal: Killed. ", False), ("another", True)]
+)
+def test_killed_worker_noticed_where_python_ignores_errors_prints_no_stack_trace(
+    error: str, printed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            raise RuntimeError(error)
+
+    monkeypatch.setattr("masklr.recipe_cli.run", lambda arguments: Finalized() and None)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    assert main(["fit"]) == 0
+    assert ("Traceback" in capsys.readouterr().err) == printed
+    assert sys.unraisablehook is sys.__unraisablehook__
+
+
 def test_missing_shards_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pattern = str(tmp_path / "nothing-*.tar")
     recipe = RECIPE.with_name("pretrain_cifar10_shards.yaml")

@@ -24,6 +24,13 @@ def test_runs_that_start_together_never_share_a_folder(tmp_path: Path) -> None:
     assert {folder.name for folder in folders} == {f"version_{number}" for number in range(24)}
 
 
+def test_run_is_numbered_after_the_newest_though_others_were_deleted(tmp_path: Path) -> None:
+    for name in ("version_2", "version_10", "version_x", "predict_30"):
+        (tmp_path / "name" / name).mkdir(parents=True)
+    assert new_run_folder(tmp_path, "name", "fit").name == "version_11"
+    assert new_run_folder(tmp_path, "name", "test").name == "test_0"
+
+
 def test_further_processes_take_the_folder_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = new_run_folder(tmp_path, "name", "fit")
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -383,7 +383,10 @@ def test_flag_wins_over_the_recipe_and_is_reported(interrupted: Path, capsys: py
     assert state["global_step"] == 6
     assert [group["weight_decay"] for group in state["optimizer_states"][0]["param_groups"]] == [0.5, 0.0]
     assert [group["lr"] for group in state["optimizer_states"][0]["param_groups"]] == [0.1, 0.1]
-    assert yaml.safe_load((interrupted / "config.yaml").read_text())["trainer"]["max_steps"] == 6
+    recipe = (interrupted / "config.yaml").read_text()
+    assert yaml.safe_load(recipe)["trainer"]["max_steps"] == 6
+    assert recipe.splitlines()[0] == former.splitlines()[0]
+    assert recipe.startswith("# pytorch_lightning==")
     assert (interrupted / "config_until_step=00000005.yaml").read_text() == former
 
 

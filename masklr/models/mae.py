@@ -269,7 +269,8 @@ class MaskedAutoencoder(nn.Module):
         """What `decode` should predict: masked patches, normalized by their own mean and deviation if `norm_pixels`."""
         patches = rows(self.patchify(images), masked).float()
         if self.norm_pixels:
-            patches = (patches - patches.mean(-1, keepdim=True)) / patch_deviation(patches)
+            centered = patches - patches.mean(-1, keepdim=True)
+            return centered / patch_deviation(centered)
         return patches
 
     def draw_split(
@@ -331,7 +332,8 @@ class MaskedAutoencoder(nn.Module):
         patches = self.patchify(images).float()
         if self.norm_pixels:
             originals = rows(patches, masked)
-            prediction = prediction * patch_deviation(originals) + originals.mean(-1, keepdim=True)
+            means = originals.mean(-1, keepdim=True)
+            prediction = prediction * patch_deviation(originals - means) + means
         index = masked.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
         hidden = patches.scatter(1, index, 0.0)
         return self.unpatchify(hidden), self.unpatchify(patches.scatter(1, index, prediction))
