@@ -26,3 +26,19 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     # Never trim the heap; and no allocation outside of it, which would be given back when freed.
     return mallopt is not None and bool(mallopt(_M_TRIM_THRESHOLD, -1)) and bool(mallopt(_M_MMAP_MAX, 0))
+
+
+def give_back_freed_memory() -> bool:
+    """Give freed memory back to the system once, wherever in the heap it lies; see `keep_freed_memory`.
+
+    What stays afterwards is what is in use. Worth it when allocations change their pattern, as they do after the first
+    step of a training run: the optimizer's state, made at its end, lies in holes that activations had left, so that
+    those of the second step find no room there and the heap grows by as much again.
+
+    Returns:
+        Whether any was given back; C libraries other than glibc cannot.
+    """
+    if sys.platform != "linux":
+        return False
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim is not None and bool(trim(0))

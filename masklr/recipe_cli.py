@@ -13,7 +13,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import yaml
-from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import WandbLogger
@@ -24,8 +23,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 import masklr.callbacks
 import masklr.data
 import masklr.tasks  # noqa: F401 (imported so that recipes can use short class names)
-from masklr.allocator import keep_freed_memory
-from masklr.callbacks import NonFinite, Peers, RunCheckpoint, RunState, StepProgress, StepSeed, StepTiming
+from masklr.callbacks import FreedMemory, NonFinite, Peers, RunCheckpoint, RunState, StepProgress, StepSeed, StepTiming
 from masklr.callbacks.peers import is_loss_of_a_peer, leave_peers
 from masklr.callbacks.predictions import PredictionWriter
 from masklr.callbacks.recording import written_whole
@@ -201,7 +199,7 @@ class RecipeCLI(LightningCLI):
             callbacks.append(StepSeed())
         if self._command == "fit" and not any(issubclass(kind, NonFinite) for kind in given):
             callbacks.insert(0, NonFinite())
-        callbacks += [StepTiming(), Peers()]
+        callbacks += [StepTiming(), Peers(), FreedMemory()]
         if trainer.enable_progress_bar is not False and not any(issubclass(kind, ProgressBar) for kind in given):
             callbacks.append(StepProgress())
         if self._command != "fit":
@@ -221,8 +219,6 @@ class RecipeCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuse a batch that the processes cannot share before further ones are started, and watch these."""
         trainer = self.trainer
-        if isinstance(trainer.accelerator, CPUAccelerator):
-            keep_freed_memory()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Peers):
                 callback.watch_from_launch(trainer)

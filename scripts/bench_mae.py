@@ -5,12 +5,13 @@
     python scripts/bench_mae.py --shapes b --sides 'masklr bf16' 'transformers bf16' --steps 9
 
 A step is forward, backward and AdamW, masks drawn anew. All sides of a shape run in turns, warm, on the same images,
-each library in a process of its own with the default allocator; on CPUs masklr's keeps freed memory, as `masklr fit`
-does there (not with `--plain`). Seconds are medians, ratios are taken round by round. GFLOP are those of the matrix
-products; their share of the peak is that of two 2,048 x 2,048 matrices (8,192 on a GPU) multiplied between the rounds,
-in the same precision. The floor of masklr's sides is what their matrix products take alone, of the step's real sizes
-and strides, into memory that is at hand: the rest of a step is all else. Peak memory is what weights, optimizer and
-steps add to a process of their own that has imported all it needs (Linux; on a GPU, what torch's allocator counts).
+each library in a process of its own with the default allocator; on CPUs masklr's keeps freed memory, but for what the
+first step leaves, as `masklr fit` does there (not with `--plain`). Seconds are medians, ratios are taken round by
+round. GFLOP are those of the matrix products; their share of the peak is that of two 2,048 x 2,048 matrices (8,192 on a
+GPU) multiplied between the rounds, in the same precision. The floor of masklr's sides is what their matrix products
+take alone, of the step's real sizes and strides, into memory that is at hand: the rest of a step is all else. Peak
+memory is what weights, optimizer and steps add to a process of their own that has imported all it needs (Linux; on a
+GPU, what torch's allocator counts).
 Sides in bf16 run under autocast, with float32 weights.
 
 Exits with 1 if a line falls short: in bf16 masklr is to lead the fastest peer by a factor (shapes a and b 1.6, c 1.3),
@@ -176,8 +177,9 @@ MAKERS: dict[str, Callable[[Shape], nn.Module]] = {
 class Steps:
     """Training steps of one model, in either precision, and what is measured of them."""
 
-    def __init__(self, maker: str, shape: Shape, device: torch.device) -> None:
+    def __init__(self, maker: str, shape: Shape, device: torch.device, kept: bool = False) -> None:
         torch.manual_seed(0)
+        self.to_give_back = kept  # after the first step
         self.model = MAKERS[maker](shape).to(device).train()
         self.compiled: Any = None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
@@ -193,6 +195,11 @@ class Steps:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.to_give_back:
+            from masklr.allocator import give_back_freed_memory
+
+            give_back_freed_memory()
+            self.to_give_back = False
         if self.images.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -279,19 +286,19 @@ def ratio_interval(above: list[float], below: list[float]) -> tuple[float, float
 def serve(pipe: Any, maker: str, name: str, device: torch.device, threads: int, plain: bool) -> None:
     """Do what is asked for through a pipe, in a process of one library's own."""
     torch.set_num_threads(threads)
-    keep_memory(maker, device, plain)
-    steps = Steps(maker, SHAPES[name], device)
+    steps = Steps(maker, SHAPES[name], device, keep_memory(maker, device, plain))
     while (asked := pipe.recv()) is not None:
         method, *arguments = asked
         pipe.send(getattr(steps, method)(*arguments))
 
 
-def keep_memory(maker: str, device: torch.device, plain: bool) -> None:
-    """Treat freed memory as `masklr fit` does."""
-    if maker not in PEERS and device.type == "cpu" and not plain:
-        from masklr.allocator import keep_freed_memory
+def keep_memory(maker: str, device: torch.device, plain: bool) -> bool:
+    """Treat freed memory as `masklr fit` does; whether it is kept."""
+    if maker in PEERS or device.type != "cpu" or plain:
+        return False
+    from masklr.allocator import keep_freed_memory
 
-        keep_freed_memory()
+    return keep_freed_memory()
 
 
 class Library:
@@ -319,7 +326,7 @@ class Library:
 def peak_memory(side: str, shape: Shape, device: torch.device, plain: bool) -> float:
     """MiB that model, optimizer and three steps add at their peak to this process."""
     maker, bf16, compiled = SIDES[side]
-    keep_memory(maker, device, plain)
+    kept = keep_memory(maker, device, plain)
     small = Shape(8, 4, 16, 1, 1, 16, 1, 1, batch=2, lead=0)
     Steps(maker, small, device).step(bf16)  # imports, and what libraries allocate once
     if device.type == "cuda":
@@ -329,7 +336,7 @@ def peak_memory(side: str, shape: Shape, device: torch.device, plain: bool) -> f
         # The kernel's high-water mark of resident memory, set back first. `ru_maxrss` is no use: a child inherits it.
         Path("/proc/self/clear_refs").write_text("5")
         before = resident_mark()
-    steps = Steps(maker, shape, device)
+    steps = Steps(maker, shape, device, kept)
     for _ in range(3):
         steps.step(bf16, compiled)
     return (torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident_mark()) - before

@@ -46,3 +46,29 @@ def test_settings_of_the_users_own_are_obeyed(variable):
     before, taken, after = run(**variable)
     assert not taken
     assert min(before, after) > 100
+
+
+# Holes between blocks that stay, of more pages than the program has otherwise.
+HOLES = """
+import torch
+from masklr.allocator import give_back_freed_memory, keep_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1])
+
+torch.set_num_threads(1)
+keep_freed_memory()
+blocks = [torch.ones(2_500_000) for _ in range(20)]
+del blocks[::2]
+before = resident()
+print(before, give_back_freed_memory(), resident(), all(block.eq(1).all() for block in blocks))
+"""
+
+
+@pytest.mark.skipif(not has_glibc(), reason="the C library is not glibc")
+def test_holes_are_given_back_and_what_is_in_use_stays():
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
+    before, given, after, sound = done.stdout.split()
+    assert given == "True"
+    assert sound == "True"
+    assert int(before) - int(after) > 9 * 10_000_000 / os.sysconf("SC_PAGE_SIZE")

@@ -1,6 +1,7 @@
 """Callbacks for any LightningModule; what each logs stands in its docstring."""
 
 from masklr.callbacks.final_test import FinalTest
+from masklr.callbacks.freed_memory import FreedMemory
 from masklr.callbacks.gradient_spectrum import GradientSpectrum
 from masklr.callbacks.induced_penalty import InducedPenalty
 from masklr.callbacks.mask_schedule import MaskSchedule
@@ -19,6 +20,7 @@ from masklr.callbacks.weight_spectrum import WeightSpectrum
 
 __all__ = [
     "FinalTest",
+    "FreedMemory",
     "GradientSpectrum",
     "InducedPenalty",
     "MaskSchedule",

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from timm.layers import Attention
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from masklr.models.fast_layers import NOT_TWICE, FastMlp, Mlp, linear
 
 # Longest sequence for which batched products beat fused attention on CPU, forward and backward, by dtype: 3 times in
 # bf16 at 65 to 197 tokens, 1.1 to 3 times in float32 below 50 (2 cores, AVX-512 with bf16). Beyond, the
@@ -36,7 +37,7 @@ class _AttentionByProducts(torch.autograd.Function):
         # The products are computed in qkv's own dtype; autocast would take softmax to float32 and back, a copy each.
         with torch.autocast(qkv.device.type, enabled=False):
             scores = torch.baddbmm(qkv.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
-            probabilities = torch.softmax(scores, dim=-1)
+            probabilities = torch._softmax(scores, -1, False, out=scores)
             out = torch.bmm(probabilities, v)
         ctx.save_for_backward(q, k, v, probabilities)
         ctx.num_heads, ctx.scale = num_heads, scale
@@ -46,10 +47,7 @@ class _AttentionByProducts(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
         if torch.is_grad_enabled():
             # `once_differentiable` would leave this path out of a second derivative without a word.
-            raise RuntimeError(
-                "The gradient of attention is to be differentiated again: compute it under "
-                "`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`."
-            )
+            raise RuntimeError(NOT_TWICE.format("attention"))
         q, k, v, probabilities = ctx.saved_tensors
         products, last, head_dim = q.shape
         tokens, num_heads = k.shape[1], ctx.num_heads
@@ -58,9 +56,8 @@ class _AttentionByProducts(torch.autograd.Function):
             grad_out = grad_out.view(batch, last, num_heads, head_dim).transpose(1, 2).reshape(q.shape)
             grads = q.new_empty(3, products, tokens, head_dim)
             torch.bmm(probabilities.transpose(1, 2), grad_out, out=grads[2])
-            grad_scores = torch._softmax_backward_data(
-                torch.bmm(grad_out, v.transpose(1, 2)), probabilities, -1, probabilities.dtype
-            )
+            grad_scores = torch.bmm(grad_out, v.transpose(1, 2))
+            torch._softmax_backward_data(grad_scores, probabilities, -1, probabilities.dtype, grad_input=grad_scores)
             grads[0, :, :-last] = 0  # of tokens that do not ask
             grad_q = grads[0, :, -last:]
             torch.baddbmm(grad_q, grad_scores, k, beta=0, alpha=ctx.scale, out=grad_q)
@@ -136,43 +133,31 @@ class FastAttention(Attention):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, last: int | None = None
     ) -> Tensor:
         """Self-attention over tokens; x is (batch, tokens, width). `last` as in `attention`."""
-        plain = (
-            attn_mask is None
-            and not is_causal
-            and not (self.training and self.attn_drop.p > 0)
+        if attn_mask is not None or is_causal or not self.is_plain:
+            x = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            return x if last is None else x[:, -last:]
+        return self.of_projected(linear(self.qkv, x), last)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing happens between the projection to queries, keys and values, and attention."""
+        return (
+            not (self.training and self.attn_drop.p > 0)
             and isinstance(self.q_norm, nn.Identity)
             and isinstance(self.k_norm, nn.Identity)
             and getattr(self, "gate", None) is None
         )
-        if not plain:
-            x = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-            return x if last is None else x[:, -last:]
-        x = attention(self.qkv(x), self.num_heads, last)
-        return self.proj_drop(self.proj(self.norm(x)))
 
-
-class LastTokensBlock(Block):
-    """timm's transformer `Block`, for where only the last tokens it gives are read: it computes no others.
-
-    Keys and values still come from all tokens, so that the result and its gradients are the full block's.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        accelerate(self)
-
-    def forward(self, x: Tensor, last: int) -> Tensor:  # type: ignore[override]
-        """The last `last` tokens after the block; x is (batch, tokens, width)."""
-        attended = self.drop_path1(self.ls1(self.attn(self.norm1(x), last=last)))
-        x = x[:, -last:] + attended
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+    def of_projected(self, qkv: Tensor, last: int | None = None) -> Tensor:
+        """What the layer gives for what `qkv` gave, (batch, tokens, 3 x width), where it `is_plain`."""
+        return self.proj_drop(linear(self.proj, self.norm(attention(qkv, self.num_heads, last))))
 
 
 def accelerate(model: nn.Module) -> list[str]:
-    """Serve timm's attention layers by the fastest exact way, in place.
+    """Serve timm's attention layers and MLPs by the fastest exact way, in place.
 
-    Parameters, state_dict keys and results (to rounding) stay. Only exact instances of timm's `Attention` change: a
-    subclass may compute something else.
+    Parameters, state_dict keys and results (to rounding) stay. Only exact instances of timm's `Attention` and `Mlp`
+    change: a subclass may compute something else.
 
     Args:
         model: Any module; a timm vision transformer usually.
@@ -180,10 +165,11 @@ def accelerate(model: nn.Module) -> list[str]:
     Returns:
         Names of the layers that changed.
     """
+    faster = {Attention: FastAttention, Mlp: FastMlp}
     names = []
     for name, layer in model.named_modules():
-        if type(layer) is Attention:
+        if type(layer) in faster:
             # The class is the only difference: replacing it keeps hooks, parameters and references to the layer.
-            layer.__class__ = FastAttention
+            layer.__class__ = faster[type(layer)]
             names.append(name)
     return names

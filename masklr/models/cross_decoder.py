@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from masklr.models.attention import compiled_products
+from masklr.models.fast_layers import NOT_TWICE, linear
 
 # The largest number of queries x keys at which batched products beat fused attention on CPU, forward and backward, by
 # dtype (2 cores, AVX-512 with bf16), as in `masklr.models.attention`.
@@ -44,10 +45,7 @@ class _CrossAttentionByProducts(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
         if torch.is_grad_enabled():
             # `once_differentiable` would leave this path out of a second derivative without a word.
-            raise RuntimeError(
-                "The gradient of attention is to be differentiated again: compute it under "
-                "`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`."
-            )
+            raise RuntimeError(NOT_TWICE.format("attention"))
         q, k, v, probabilities = ctx.saved_tensors
         (products, queries, head_dim), tokens = q.shape, k.shape[1]
         heads, batch = ctx.num_heads, products // ctx.num_heads
@@ -116,7 +114,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B M E"], context: Float[Tensor, "B N D"]) -> Float[Tensor, "B M E"]:
         """What each token of x finds in the context."""
-        return self.proj(cross_attention(self.q(x), self.kv(context), self.num_heads))
+        return linear(self.proj, cross_attention(linear(self.q, x), linear(self.kv, context), self.num_heads))
 
 
 class CrossBlock(nn.Module):

@@ -167,12 +167,12 @@ class MaskedAutoencoder(nn.Module):
     def _decoder_blocks(self, dim: int, depth: int, heads: int) -> nn.ModuleList:
         from timm.models.vision_transformer import Block
 
-        from masklr.models.attention import LastTokensBlock
+        from masklr.models.decoder_blocks import FirstTokensBlock, LastTokensBlock
 
         if self.decoder == "cross":
             return nn.ModuleList(CrossBlock(dim, self.encoder.embed_dim, heads) for _ in range(depth))
-        # Of the last block only the masked tokens are read.
-        kinds = [Block] * (depth - 1) + [LastTokensBlock]
+        # Before the first block, mask tokens differ by position alone; of the last, only the masked tokens are read.
+        kinds = [*[FirstTokensBlock, *[Block] * (depth - 2)][: depth - 1], LastTokensBlock]
         return nn.ModuleList(kind(dim, heads, qkv_bias=True) for kind in kinds)
 
     @property
@@ -259,10 +259,14 @@ class MaskedAutoencoder(nn.Module):
         # Sums with float32 positions are float32 under autocast too, so the residual stream loses nothing to bf16.
         visible_BVE = tokens[:, num_prefix:] + nn.functional.embedding(visible, positions_NE)
         # Attention does not depend on the order of tokens, so nothing is shuffled back into the image's order.
-        tokens = torch.cat([tokens[:, :num_prefix].to(visible_BVE.dtype), visible_BVE, masked_BME], dim=1)
+        known = torch.cat([tokens[:, :num_prefix].to(visible_BVE.dtype), visible_BVE], dim=1)
         *blocks, last_block = self.decoder_blocks
-        for block in blocks:
-            tokens = self._through(block, tokens)
+        if blocks:
+            tokens = self._through(blocks[0], known, masked_BME, (self.mask_token + positions_NE)[0], masked)
+            for block in blocks[1:]:
+                tokens = self._through(block, tokens)
+        else:
+            tokens = torch.cat([known, masked_BME], dim=1)
         return self.decoder_head(self.decoder_norm(self._through(last_block, tokens, masked.shape[1])))
 
     def target(self, images: Float[Tensor, "B C H W"], masked: Int[Tensor, "B M"]) -> Float[Tensor, "B M X"]:

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from masklr.models import attention as module
-from masklr.models.attention import FastAttention, LastTokensBlock, accelerate, attention
+from masklr.models.attention import FastAttention, accelerate, attention
+from masklr.models.decoder_blocks import LastTokensBlock
 
 
 def twins(seed=0, width=24, **options):
@@ -147,7 +148,7 @@ def test_accelerate_names_the_layers_it_changes_and_leaves_subclasses_alone():
     model.blocks[1].attn.__class__ = Special
     keys, first = list(model.state_dict()), model.blocks[0].attn
     parameters = [id(p) for p in model.parameters()]
-    assert accelerate(model) == ["blocks.0.attn", "blocks.2.attn"]
+    assert accelerate(model) == ["blocks.0.attn", "blocks.0.mlp", "blocks.1.mlp", "blocks.2.attn", "blocks.2.mlp"]
     assert type(model.blocks[1].attn) is Special
     assert type(model.blocks[0].attn) is FastAttention
     assert model.blocks[0].attn is first
