@@ -194,12 +194,12 @@ class Steps:
             loss = model(self.images)
         loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.to_give_back:
+        if self.to_give_back:  # gradients are still there in a fit
             from masklr.allocator import give_back_freed_memory
 
             give_back_freed_memory()
             self.to_give_back = False
+        self.optimizer.zero_grad(set_to_none=True)
         if self.images.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -214,7 +214,10 @@ class Steps:
         return recorded.floor(self.images.device)
 
     def gflop(self) -> float:
-        """Matrix products of a step, in 10^9 operations; attention counted as the products that define it."""
+        """Matrix products of a step, in 10^9 operations; attention counted as the products that define it.
+
+        So are the projections of mask tokens, of which a step on CPUs computes one for each patch alone (2 %).
+        """
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
 
@@ -232,8 +235,10 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in ("mm", "bmm", "addmm", "baddbmm"):
-            a, b = args[:2] if name in ("mm", "bmm") else args[1:3]
+        if name in ("mm", "bmm", "addmm", "baddbmm", "_linear_pointwise"):
+            a, b = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
+            if name == "_linear_pointwise":
+                a, b = a.flatten(0, -2), b.t()
             key = tuple((tuple(x.shape), x.stride(), x.dtype) for x in (a, b))
             self.counts[torch.mm if a.dim() == 2 else torch.bmm, *key] += 1
         return func(*args, **(kwargs or {}))

@@ -15,15 +15,19 @@ class FreedMemory(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self._begun_at: int | None = None  # while the first step is awaited
+        self._kept = False
+        self._begun_at = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep freed memory from here on."""
-        if isinstance(trainer.accelerator, CPUAccelerator) and keep_freed_memory():
-            self._begun_at = trainer.global_step
+        self._kept = isinstance(trainer.accelerator, CPUAccelerator) and keep_freed_memory()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Know the first step, which a run that goes on has read from its checkpoint by now."""
+        self._begun_at = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Give back what the first step of the optimizer has left."""
-        if self._begun_at is not None and trainer.global_step > self._begun_at:
+        if self._kept and trainer.global_step > self._begun_at:
             give_back_freed_memory()
-            self._begun_at = None
+            self._kept = False

@@ -32,7 +32,7 @@ class _WithRowsOfTable(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (index,) = ctx.saved_tensors
         num_known, num_rows = ctx.sizes
-        named, places = index.flatten().sort()
+        named, places = index.flatten().sort(stable=True)
         places += (places // index.shape[1] + 1) * num_known
         starts = torch.searchsorted(named, torch.arange(num_rows))
         grad_table = nn.functional.embedding_bag(places, grad.reshape(-1, grad.shape[-1]), starts, mode="sum")
@@ -67,7 +67,8 @@ class FirstTokensBlock(Block):
         """
         x = torch.cat([known, masked], dim=1)
         attn: Any = self.attn
-        if not (own_gradients_wanted(x) and self._treats_tokens_alone(attn)):
+        repeated = index.numel() > len(table)
+        if not (repeated and own_gradients_wanted(x) and self._treats_tokens_alone(attn)):
             return super().forward(x)
         rows = linear(attn.qkv, self.norm1(torch.cat([known.flatten(0, 1), table])))
         of_known, of_table = rows.split([len(rows) - len(table), len(table)])

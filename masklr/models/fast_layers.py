@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from timm.layers import GELU, Mlp
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 GELUS = (nn.GELU, GELU)
@@ -34,13 +35,16 @@ def is_bare(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
 def own_gradients_wanted(x: Tensor) -> bool:
     """Whether to compute gradients by functions of our own: eagerly, on CPUs, where one is asked for, and only once.
 
-    Whoever asks for the math kernel of attention wants second derivatives, which they do not have.
+    Whoever asks for the math kernel of attention wants second derivatives, which they do not have, as they have none
+    forward (`torch.autograd.forward_ad`) or under the transforms of `torch.func`.
     """
     return (
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and torch.is_grad_enabled()
         and torch.backends.cuda.flash_sdp_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
     )
 
 
@@ -184,15 +188,15 @@ class FastMlp(Mlp):
     def forward(self, x: Tensor) -> Tensor:
         """The MLP of each token; x is (..., width)."""
         parts: tuple[Any, Any] = (self.fc1, self.fc2)
-        dropped = self.training and (self.drop1.p > 0 or self.drop2.p > 0)
         if (
             own_gradients_wanted(x)
             and all(is_bare(layer, nn.Linear) and layer.bias is not None for layer in parts)
             and is_bare(self.act, *GELUS)
             and getattr(self.act, "approximate", "none") == "none"
             and is_bare(self.norm, nn.Identity)
-            and all(is_bare(layer, nn.Dropout) for layer in (self.drop1, self.drop2))
-            and not dropped
+            and all(
+                is_bare(drop, nn.Dropout) and not (drop.training and drop.p > 0) for drop in (self.drop1, self.drop2)
+            )
         ):
             dtype = own_dtype(x, *parts)
             if dtype is not None:

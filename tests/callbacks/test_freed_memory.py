@@ -34,7 +34,7 @@ class Batches(pl.Callback):
         self.calls.append(batch_idx)
 
 
-def fit(calls, tmp_path, **options):
+def fit(calls, tmp_path, ckpt_path=None, max_epochs=1, **options):
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
@@ -44,10 +44,11 @@ def fit(calls, tmp_path, **options):
         enable_model_summary=False,
         default_root_dir=tmp_path,
         callbacks=[Batches(calls), FreedMemory()],
-        max_epochs=1,
+        max_epochs=max_epochs,
         **options,
     )
-    trainer.fit(Line(), DataLoader(torch.ones(8, 2), batch_size=2))
+    trainer.fit(Line(), DataLoader(torch.ones(8, 2), batch_size=2), ckpt_path=ckpt_path)
+    return trainer
 
 
 def test_memory_is_kept_and_given_back_once_after_the_first_step(calls, tmp_path):
@@ -64,3 +65,11 @@ def test_nothing_is_given_back_where_nothing_is_kept(calls, tmp_path, monkeypatc
     monkeypatch.setattr(freed_memory, "keep_freed_memory", lambda: False)
     fit(calls, tmp_path)
     assert calls == [0, 1, 2, 3]
+
+
+def test_a_run_that_goes_on_waits_for_its_own_first_step(calls, tmp_path):
+    path = str(tmp_path / "last.ckpt")
+    fit(calls, tmp_path, accumulate_grad_batches=2).save_checkpoint(path)
+    calls.clear()
+    fit(calls, tmp_path, accumulate_grad_batches=2, ckpt_path=path, max_epochs=2)
+    assert calls == ["keep", 0, 1, "give back", 2, 3]

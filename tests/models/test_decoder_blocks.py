@@ -2,6 +2,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from masklr.layers import DropConnectLinear
 from masklr.models.decoder_blocks import FirstTokensBlock
@@ -117,6 +118,26 @@ def test_a_mask_on_the_projection_is_drawn_for_all_tokens_together():
         results.append(run(block, *given))
     assert not is_own(results[1])
     torch.testing.assert_close(*results)
+
+
+def test_gradients_are_the_same_when_the_block_is_computed_anew():
+    _, ours = twins()
+    known, table, index = inputs()
+    found = []
+    for block in (ours, lambda *given: checkpoint(ours, *given, use_reentrant=False)):
+        out = block(known, table[index], table, index)
+        assert is_own(out)
+        found.append(torch.autograd.grad(out.sin().sum(), [known, table, *ours.parameters()]))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_few_mask_tokens_are_served_as_they_are():
+    theirs, ours = twins()
+    known, table, index = inputs()
+    out = run(ours, known[:1], table, index[:1])
+    assert not is_own(out)
+    torch.testing.assert_close(out, run(theirs, known[:1], table, index[:1]))
 
 
 def test_without_gradients_and_under_the_math_kernel_it_is_timms_block():

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from timm.layers import Mlp
+from timm.layers import DropPath, Mlp
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
@@ -142,6 +142,28 @@ def test_listeners_to_every_module_hear_the_parts():
     assert {ours.fc1, ours.act, ours.fc2} <= set(heard)
 
 
+@pytest.mark.parametrize("part", ["drop1", "drop2"])
+def test_dropout_that_is_in_training_alone_is_applied(part):
+    _, ours = twins(drop=0.5)
+    ours.eval()
+    getattr(ours, part).training = True
+    x = torch.randn(3, 24)
+    torch.manual_seed(0)
+    assert not torch.allclose(ours(x), ours(x))
+
+
+@pytest.mark.parametrize("part", ["drop1", "drop2"])
+@pytest.mark.parametrize("layer", [DropPath(0.5), nn.Identity()])
+def test_another_layer_in_dropouts_place_is_called(part, layer):
+    results = []
+    x = torch.randn(8, 24)
+    for mlp in twins():
+        setattr(mlp, part, layer)
+        torch.manual_seed(0)
+        results.append(mlp(x))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 class Halved(nn.Module):
     def forward(self, x):
         return x / 2
@@ -177,14 +199,27 @@ def test_a_part_that_was_changed_is_served_as_it_is(change):
     assert not torch.allclose(ours(x), twins()[0](x))
 
 
-def test_without_gradients_and_compiled_it_is_timms_bit_for_bit():
+def test_without_gradients_it_is_timms_bit_for_bit():
     theirs, ours = twins()
     x = torch.randn(3, 24)
     with torch.no_grad():
         assert torch.equal(ours(x), theirs(x))
-    compiled = torch.compile(ours, backend="aot_eager")(x)
-    assert "_MLPBackward" not in functions(compiled)
-    torch.testing.assert_close(compiled, theirs(x))
+
+
+@pytest.mark.usefixtures("compilable")
+def test_compiled_it_is_timms():
+    theirs, ours = twins()
+    x = torch.randn(3, 24)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    found = torch.compile(lambda x: ours(x), backend=backend, fullgraph=True)(x)
+    torch.testing.assert_close(found, theirs(x))
+    assert "gelu" in graphs[0]
+    assert "autograd_function_apply" not in graphs[0]
 
 
 @pytest.mark.parametrize("trained", ["none", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "x"])
@@ -204,6 +239,40 @@ def test_frozen_parts_get_no_gradient_and_the_others_theirs(trained):
         if a is not None:
             torch.testing.assert_close(b, a)
     assert sum(grad is not None for grad in found[1]) == (trained != "none")
+
+
+@pytest.mark.parametrize("changed", [copy.deepcopy, lambda layer: layer])
+def test_transposed_inputs_and_copies_of_the_layer(changed):
+    theirs, ours = twins()
+    found = []
+    for layer in (theirs, changed(ours)):
+        x = torch.randn(3, 24, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        out = layer(x.transpose(1, 2)).transpose(1, 2)
+        found.append([out.detach(), *torch.autograd.grad(out.sin().sum(), [x, *layer.parameters()])])
+    assert is_own(out)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+
+
+# torch.autograd.forward_ad scripts decompositions of its own on its first use.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning")
+def test_transforms_of_functions_and_derivatives_forward_are_timms():
+    theirs, ours = twins()
+    x, v = torch.randn(3, 24), torch.randn(3, 24)
+    found = []
+    for layer in (theirs, ours):
+        parameters = dict(layer.named_parameters())
+
+        def loss(parameters, x, layer=layer):
+            return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+        per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+        with torch.autograd.forward_ad.dual_level():
+            along = torch.autograd.forward_ad.make_dual(x, v)
+            slope = torch.autograd.forward_ad.unpack_dual(layer(along)).tangent
+        found.append([*per_sample.values(), slope])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a)
 
 
 def test_a_second_backward_pass_gives_the_same():
@@ -277,6 +346,27 @@ def test_linear_layers_in_bf16():
     for a, b in zip(exact, found, strict=True):
         assert ((b.double() - a).norm() / a.norm()) < 0.01
         assert b is found[0] or b.dtype == torch.float32
+
+
+@pytest.mark.skipif(not has_bf16_products(), reason="oneDNN has no bf16 on this processor")
+@pytest.mark.parametrize("trained", ["x", "weight", "bias"])
+def test_linear_layers_in_bf16_with_frozen_parts(trained):
+    layer = nn.Linear(24, 40)
+    x = torch.randn(3, 24, requires_grad=trained == "x")
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name == trained)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linear(layer, x)
+    wanted = x if trained == "x" else getattr(layer, trained)
+    exact = {
+        "x": layer.weight.sum(0).expand(3, -1),
+        "weight": x.sum(0).expand(40, -1),
+        "bias": torch.full((40,), 3.0),
+    }
+    (found,) = torch.autograd.grad(out.sum(), wanted, retain_graph=True)
+    torch.testing.assert_close(found, exact[trained], rtol=0.02, atol=0.05)
+    with pytest.raises(RuntimeError, match="a linear layer is to be differentiated again"):
+        torch.autograd.grad(out.float().square().sum(), wanted, create_graph=True)
 
 
 def lambda_module(layer):
