@@ -39,16 +39,20 @@ class _WithRowsOfTable(torch.autograd.Function):
         return grad[:, :num_known], grad_table, None
 
 
-class FirstTokensBlock(Block):
+class _FastBlock(Block):
+    """timm's transformer `Block` with its layers served by the fastest way."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        accelerate(self)
+
+
+class FirstTokensBlock(_FastBlock):
     """timm's transformer `Block`, for tokens of which the last are alike wherever they name the same patch.
 
     A mask token is the same for each image of a batch but for its position, so before attention mixes them, on CPUs its
     norm and its query, key and value are computed once for each position. Results and gradients are the full block's.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        accelerate(self)
 
     def forward(  # type: ignore[override]
         self,
@@ -82,15 +86,11 @@ class FirstTokensBlock(Block):
         return own and attn.is_plain and is_bare(attn.qkv, nn.Linear)
 
 
-class LastTokensBlock(Block):
+class LastTokensBlock(_FastBlock):
     """timm's transformer `Block`, for where only the last tokens it gives are read: it computes no others.
 
     Keys and values still come from all tokens, so that the result and its gradients are the full block's.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        accelerate(self)
 
     def forward(self, x: Tensor, last: int) -> Tensor:  # type: ignore[override]
         """The last `last` tokens after the block; x is (batch, tokens, width)."""

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from masklr.models import attention as module
 from masklr.models.attention import FastAttention, accelerate, attention
 from masklr.models.decoder_blocks import LastTokensBlock
+from tests.graphs import backward_functions, second_derivative
 
 
 def twins(seed=0, width=24, **options):
@@ -43,14 +44,7 @@ def test_products_are_really_used_up_to_their_longest_sequence():
     longest = module.MAX_TOKENS_BY_PRODUCTS[torch.float32]
     for tokens, by_products in ((longest, True), (longest + 1, False)):
         qkv = ours.qkv(torch.randn(1, tokens, 24))
-        function = attention(qkv, 3).grad_fn
-        graph = set()
-        todo = [function]
-        while todo:
-            node = todo.pop()
-            graph.add(type(node).__name__)
-            todo += [child for child, _ in node.next_functions if child is not None]
-        assert ("_AttentionByProductsBackward" in graph) == by_products
+        assert ("_AttentionByProductsBackward" in backward_functions(attention(qkv, 3))) == by_products
 
 
 def test_bf16_is_as_near_to_the_truth_as_timm():
@@ -88,17 +82,12 @@ def test_second_derivative_is_right_under_the_math_kernel_and_an_error_elsewhere
     _, ours = twins()
     x, v = torch.randn(2, 7, 24), torch.randn(2, 7, 24)
 
-    def second(layer, dtype):
-        along = torch.zeros((), dtype=dtype, requires_grad=True)
-        (first,) = torch.autograd.grad(layer(x.to(dtype) * (1 + along * v)).square().sum(), along, create_graph=True)
-        return torch.autograd.grad(first, along)[0]
-
     with sdpa_kernel(SDPBackend.MATH):
-        found = second(ours, torch.float32)
-        exact = second(copy.deepcopy(ours).double(), torch.float64)
+        found = second_derivative(ours, x, v, torch.float32)
+        exact = second_derivative(copy.deepcopy(ours).double(), x, v, torch.float64)
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
     with pytest.raises(RuntimeError, match="sdpa_kernel"):
-        second(ours, torch.float32)
+        second_derivative(ours, x, v, torch.float32)
 
 
 @pytest.mark.parametrize(

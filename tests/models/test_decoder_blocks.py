@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from masklr.layers import DropConnectLinear
 from masklr.models.decoder_blocks import FirstTokensBlock
+from tests.graphs import backward_functions
 
 B, K, M, N, E = 3, 5, 7, 12, 24
 
@@ -38,12 +39,7 @@ def output_and_gradients(block, known, table, index):
 
 
 def is_own(out):
-    found, todo = set(), [out.grad_fn]
-    while todo:
-        node = todo.pop()
-        found.add(type(node).__name__)
-        todo += [child for child, _ in node.next_functions if child is not None]
-    return "_WithRowsOfTableBackward" in found
+    return "_WithRowsOfTableBackward" in backward_functions(out)
 
 
 def test_output_and_gradients_equal_those_of_timms_block():

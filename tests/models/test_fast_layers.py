@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from masklr.models import fast_layers as module
 from masklr.models.fast_layers import FastMlp, column_sums, linear
+from tests.graphs import backward_functions, second_derivative
 
 
 def twins(width=24, **options):
@@ -28,18 +29,8 @@ def output_and_gradients(layer, x):
     return [out.detach(), *grads]
 
 
-def functions(out):
-    """Names of the functions that the backward pass of a tensor calls."""
-    found, todo = set(), [out.grad_fn]
-    while todo:
-        node = todo.pop()
-        found.add(type(node).__name__)
-        todo += [child for child, _ in node.next_functions if child is not None]
-    return found
-
-
 def is_own(out):
-    return "_MLPBackward" in functions(out)
+    return "_MLPBackward" in backward_functions(out)
 
 
 @pytest.mark.parametrize("shape", [(3, 7, 24), (5, 24), (2, 2, 4, 24)])
@@ -297,17 +288,12 @@ def test_second_derivative_is_right_under_the_math_kernel_and_an_error_elsewhere
     _, ours = twins()
     x, v = torch.randn(2, 24), torch.randn(2, 24)
 
-    def second(layer, dtype):
-        along = torch.zeros((), dtype=dtype, requires_grad=True)
-        (first,) = torch.autograd.grad(layer(x.to(dtype) * (1 + along * v)).square().sum(), along, create_graph=True)
-        return torch.autograd.grad(first, along)[0]
-
     with sdpa_kernel(SDPBackend.MATH):
-        found = second(ours, torch.float32)
-        exact = second(copy.deepcopy(ours).double(), torch.float64)
+        found = second_derivative(ours, x, v, torch.float32)
+        exact = second_derivative(copy.deepcopy(ours).double(), x, v, torch.float64)
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
     with pytest.raises(RuntimeError, match=r"an MLP is to be differentiated again.*sdpa_kernel"):
-        second(ours, torch.float32)
+        second_derivative(ours, x, v, torch.float32)
 
 
 def test_a_type_of_its_own_is_left_to_timm():
@@ -341,7 +327,7 @@ def test_linear_layers_in_bf16():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = linear(layer, x)
         found = output_and_gradients(lambda_module(layer), x)
-    assert "_LinearBackward" in functions(out)
+    assert "_LinearBackward" in backward_functions(out)
     assert out.dtype == torch.bfloat16
     for a, b in zip(exact, found, strict=True):
         assert ((b.double() - a).norm() / a.norm()) < 0.01
