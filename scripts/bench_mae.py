@@ -12,7 +12,9 @@ GPU) multiplied between the rounds, in the same precision. The floor of masklr's
 take alone, of the step's real sizes and strides, into memory that is at hand: the rest of a step is all else. Peak
 memory is what weights, optimizer and steps add to a process of their own that has imported all it needs (Linux; on a
 GPU, what torch's allocator counts).
-Sides in bf16 run under autocast, with float32 weights.
+Sides in bf16 run under autocast, with float32 weights. On a CPU that has no products in bf16 (no AVX-512, AMX or their
+like) a peer's step in bf16 takes minutes: a side whose first step takes more than 30 seconds takes two in all, in the
+process that measures its memory, and the second stands for every round (`*`). The peak in bf16 is float32's there.
 
 Exits with 1 if a line falls short: in bf16 masklr is to lead the fastest peer by a factor (shapes a and b 1.6, c 1.3),
 in fp32 not to be slower (beyond the interval), in neither to need more memory than the thriftiest peer, and a cross
@@ -37,6 +39,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from masklr.models.float32_products import has_bf16_products
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -60,6 +64,7 @@ SHAPES = {
     "c": Shape(224, 16, 768, 12, 12, 512, 8, 16, batch=16, lead=1.3),
 }
 CROSS_LEAD = 1.6
+SLOW = 30.0  # seconds of a side's first step beyond which it takes a second one and no more
 # Side: what makes its model, whether it runs in bf16, whether compiled. Sides of one maker share its model.
 SIDES = {
     "masklr fp32": ("masklr", False, False),
@@ -235,8 +240,8 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in ("mm", "bmm", "addmm", "baddbmm", "_linear_pointwise"):
-            a, b = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
+        if name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "_linear_pointwise"):
+            a, b = args[1:3] if name in ("addmm", "addmm_", "baddbmm") else args[:2]
             if name == "_linear_pointwise":
                 a, b = a.flatten(0, -2), b.t()
             key = tuple((tuple(x.shape), x.stride(), x.dtype) for x in (a, b))
@@ -328,8 +333,8 @@ class Library:
         self.process.join()
 
 
-def peak_memory(side: str, shape: Shape, device: torch.device, plain: bool) -> float:
-    """MiB that model, optimizer and three steps add at their peak to this process."""
+def peak_memory(side: str, shape: Shape, device: torch.device, plain: bool) -> tuple[float, float]:
+    """MiB that model, optimizer and three steps (two if slow) add at their peak to this process; the last's seconds."""
     maker, bf16, compiled = SIDES[side]
     kept = keep_memory(maker, device, plain)
     small = Shape(8, 4, 16, 1, 1, 16, 1, 1, batch=2, lead=0)
@@ -342,9 +347,11 @@ def peak_memory(side: str, shape: Shape, device: torch.device, plain: bool) -> f
         Path("/proc/self/clear_refs").write_text("5")
         before = resident_mark()
     steps = Steps(maker, shape, device, kept)
-    for _ in range(3):
-        steps.step(bf16, compiled)
-    return (torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident_mark()) - before
+    first = steps.time(bf16, compiled)
+    for _ in range(1 if first > SLOW and not compiled else 2):
+        last = steps.time(bf16, compiled)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident_mark()
+    return peak - before, last
 
 
 def resident_mark() -> float:
@@ -405,25 +412,29 @@ def compare(name: str, options: argparse.Namespace, device: torch.device) -> boo
     shape = SHAPES[name]
     command = [sys.executable, __file__, "--device", str(device), "--shapes", name, "--memory-of"]
     plain = ["--plain"] if options.plain else []
-    memory = {}
+    memory, slow = {}, {}
     for side in options.sides if options.memory else []:
         done = subprocess.run([*command, side, *plain], check=True, stdout=subprocess.PIPE, text=True)
-        memory[side] = float(done.stdout)
+        memory[side], last = (float(number) for number in done.stdout.split())
+        if last > SLOW:
+            slow[side] = last
     libraries = {
         maker: Library(maker, name, device, options.plain) for maker in {SIDES[s][0]: 0 for s in options.sides}
     }
     gflop = {maker: library.ask("gflop") for maker, library in libraries.items()}
-    products = {bf16: product(device, bf16) for bf16 in (False, True)}
+    own_bf16 = device.type != "cpu" or has_bf16_products()
+    products = {bf16: product(device, bf16 and own_bf16) for bf16 in (False, True)}
 
     def one_round() -> tuple[dict[str, float], dict[bool, float]]:
         times = {}
         for side in options.sides:
             maker, bf16, compiled = SIDES[side]
-            times[side] = libraries[maker].ask("time", bf16, compiled)
+            times[side] = slow.get(side) or libraries[maker].ask("time", bf16, compiled)
         return times, {bf16: min(seconds(run) for _ in range(3)) for bf16, run in products.items()}
 
     for _ in range(2):
-        one_round()
+        warm, _ = one_round()
+        slow |= {side: time for side, time in warm.items() if time > SLOW and not SIDES[side][2]}
     rounds = [one_round() for _ in range(options.steps)]
     times = {side: [found[side] for found, _ in rounds] for side in options.sides}
     own = [side for side in options.sides if SIDES[side][0] not in PEERS]  # peers' attention is one operator
@@ -434,13 +445,15 @@ def compare(name: str, options: argparse.Namespace, device: torch.device) -> boo
     peak = {bf16: 2e-9 * size**3 / statistics.median(found[bf16] for _, found in rounds) for bf16 in products}
     sizes = f"{shape.image} px, patch {shape.patch}, width {shape.width} x {shape.depth}"
     sizes += f", decoder {shape.decoder_width} x {shape.decoder_depth}, batch {shape.batch}"
-    print(f"({name}) {sizes}; {options.steps} rounds; peak {peak[False]:.0f} GFLOP/s in fp32, {peak[True]:.0f} in bf16")
+    in_bf16 = f"{peak[True]:.0f} in bf16" if own_bf16 else "none in bf16"
+    print(f"({name}) {sizes}; {options.steps} rounds; peak {peak[False]:.0f} GFLOP/s in fp32, {in_bf16}")
     print(f"{'':24}{'seconds':>10}{'images/s':>12}{'GFLOP':>10}{'% of peak':>12}{'floor, s':>10}{'MiB':>10}")
     for side in options.sides:
         maker, bf16, _ = SIDES[side]
         median = statistics.median(times[side])
         share = 100 * gflop[maker] / median / peak[bf16]
-        line = f"{side:24}{median:10.3f}{shape.batch / median:12.1f}{gflop[maker]:10.0f}{share:12.0f}"
+        named = f"{side} *" if side in slow else side
+        line = f"{named:24}{median:10.3f}{shape.batch / median:12.1f}{gflop[maker]:10.0f}{share:12.0f}"
         line += f"{floor[side]:10.3f}" if side in floor else f"{'':10}"
         print(line + (f"{memory[side]:10.0f}" if side in memory else ""))
     lines = judged_times(times, shape) + judged_memory(memory)
@@ -465,7 +478,7 @@ def main() -> int:
         parser.error(f"expected `--steps` of at least 1, got {options.steps}")
     device = torch.device(options.device)
     if options.memory_of:
-        print(peak_memory(options.memory_of, SHAPES[options.shapes[0]], device, options.plain))
+        print(*peak_memory(options.memory_of, SHAPES[options.shapes[0]], device, options.plain))
         return 0
     print(hardware(device))
     good = [compare(name, options, device) for name in options.shapes]

@@ -55,6 +55,14 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", line)
 
 
+@pytest.fixture(params=[True, False], ids=["bf16 products", "float32 products"])
+def with_and_without_bf16_products(request, monkeypatch):
+    """The test is run as on a CPU that multiplies bf16 matrices, and as on one that does not."""
+    from masklr.models import float32_products
+
+    monkeypatch.setattr(float32_products, "ONEDNN_HAS_BF16", request.param)
+
+
 @pytest.fixture(scope="session")
 def load_script():
     """A script of `scripts/` as a module, by its name."""

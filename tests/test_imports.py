@@ -72,7 +72,7 @@ COMMAND_LINE = {
     "measure_cli",
     "export_cli",
 }  # may import everything
-SERVES_TIMM = {"models.attention", "models.decoder_blocks", "models.fast_layers"}  # subclasses of its layers
+SERVES_TIMM = {"models.attention", "models.decoder_blocks", "models.fast_mlp"}  # subclasses of its layers
 HEAVY = {"plotly", "matplotlib", "timm", "wandb", "torchvision", "sklearn", "datasets", "transformers"}
 
 

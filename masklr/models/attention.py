@@ -9,10 +9,19 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.layers import Attention
+from timm.layers import Attention, PatchEmbed
 from torch import Tensor, nn
 
-from masklr.models.fast_layers import NOT_TWICE, FastMlp, Mlp, linear
+from masklr.models.fast_linear import linear
+from masklr.models.fast_mlp import FastMlp, Mlp
+from masklr.models.float32_products import (
+    SelfAttentionInFloat32,
+    apply_layer,
+    has_bf16_products,
+    in_float32,
+    leave_compiled_backward_to_its_types,
+)
+from masklr.models.own_gradients import NOT_TWICE, own_gradients_wanted
 
 # Longest sequence for which batched products beat fused attention on CPU, forward and backward, by dtype: 3 times in
 # bf16 at 65 to 197 tokens, 1.1 to 3 times in float32 below 50 (2 cores, AVX-512 with bf16). Beyond, the
@@ -104,6 +113,10 @@ def attention(
         Vaswani et al., "Attention is all you need", NeurIPS 2017.
     """
     batch, tokens, width = qkv.shape
+    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and not has_bf16_products():
+        if own_gradients_wanted(qkv):
+            return SelfAttentionInFloat32.apply(qkv, num_heads, tokens if last is None else last)
+        return in_float32(attention, qkv, num_heads=num_heads, last=last).to(qkv.dtype)
     head_dim = width // (3 * num_heads)
     by_products = qkv.device.type == "cpu" and tokens <= MAX_TOKENS_BY_PRODUCTS.get(qkv.dtype, 0)
     # Without a backward pass fused attention is as fast in float32, and timm's results are kept bit for bit.
@@ -134,7 +147,7 @@ class FastAttention(Attention):
     ) -> Tensor:
         """Self-attention over tokens; x is (batch, tokens, width). `last` as in `attention`."""
         if attn_mask is not None or is_causal or not self.is_plain:
-            x = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+            x = apply_layer(super().forward, x, attn_mask=attn_mask, is_causal=is_causal)
             return x if last is None else x[:, -last:]
         return self.of_projected(linear(self.qkv, x), last)
 
@@ -153,11 +166,19 @@ class FastAttention(Attention):
         return self.proj_drop(linear(self.proj, self.norm(attention(qkv, self.num_heads, last))))
 
 
-def accelerate(model: nn.Module) -> list[str]:
-    """Serve timm's attention layers and MLPs by the fastest exact way, in place.
+class FastPatchEmbed(PatchEmbed):
+    """timm's `PatchEmbed`, whose convolution is computed in float32 where a CPU has no products in bf16."""
 
-    Parameters, state_dict keys and results (to rounding) stay. Only exact instances of timm's `Attention` and `Mlp`
-    change: a subclass may compute something else.
+    def forward(self, x: Tensor) -> Tensor:
+        """Embedded patches of images (batch, channels, height, width)."""
+        return apply_layer(super().forward, x)
+
+
+def accelerate(model: nn.Module) -> list[str]:
+    """Serve timm's attention layers, MLPs and patch embeddings by the fastest exact way, in place.
+
+    Parameters, state_dict keys and results (to rounding) stay. Only exact instances of timm's `Attention`, `Mlp` and
+    `PatchEmbed` change: a subclass may compute something else.
 
     Args:
         model: Any module; a timm vision transformer usually.
@@ -165,7 +186,8 @@ def accelerate(model: nn.Module) -> list[str]:
     Returns:
         Names of the layers that changed.
     """
-    faster = {Attention: FastAttention, Mlp: FastMlp}
+    faster = {Attention: FastAttention, Mlp: FastMlp, PatchEmbed: FastPatchEmbed}
+    leave_compiled_backward_to_its_types()
     names = []
     for name, layer in model.named_modules():
         if type(layer) in faster:

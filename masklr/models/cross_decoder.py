@@ -11,7 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from masklr.models.attention import compiled_products
-from masklr.models.fast_layers import NOT_TWICE, linear
+from masklr.models.fast_linear import linear
+from masklr.models.float32_products import CrossAttentionInFloat32, has_bf16_products, in_float32
+from masklr.models.own_gradients import NOT_TWICE, own_gradients_wanted
 
 # The largest number of queries x keys at which batched products beat fused attention on CPU, forward and backward, by
 # dtype (2 cores, AVX-512 with bf16), as in `masklr.models.attention`.
@@ -83,6 +85,10 @@ def cross_attention(
         Vaswani et al., "Attention is all you need", NeurIPS 2017.
     """
     batch, queries, width = query.shape
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not has_bf16_products():
+        if own_gradients_wanted(query):
+            return CrossAttentionInFloat32.apply(query, key_value, num_heads)
+        return in_float32(cross_attention, query, key_value, num_heads=num_heads).to(query.dtype)
     tokens, head_dim = key_value.shape[1], width // num_heads
     by_products = query.device.type == "cpu" and queries * tokens <= MAX_PAIRS_BY_PRODUCTS.get(query.dtype, 0)
     compiling = torch.compiler.is_compiling()

@@ -12,7 +12,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from masklr.models.attention import FastAttention, accelerate
-from masklr.models.fast_layers import is_bare, linear, own_gradients_wanted
+from masklr.models.fast_linear import linear
+from masklr.models.own_gradients import is_bare, own_gradients_wanted
 
 
 class _WithRowsOfTable(torch.autograd.Function):

@@ -16,6 +16,8 @@ from masklr.checkpoint_files import sound_checkpoint
 from masklr.masks import Strategy, num_masked, patch_split
 from masklr.models.cross_decoder import CrossBlock
 from masklr.models.encoders import checked_instance, init_as_in_paper, named_encoder
+from masklr.models.fast_linear import linear
+from masklr.models.float32_products import apply_layer
 from masklr.models.patches import num_predicted, patch_deviation, patchify, predicted_subset, rows, unpatchify
 from masklr.models.pretrained import load_weights
 from masklr.models.timm_models import check_size
@@ -212,7 +214,8 @@ class MaskedAutoencoder(nn.Module):
         embed = vit.patch_embed
         # The embedding is a convolution with stride = kernel: a matrix product on raw patches, of the visible ones
         # only.
-        tokens_BVD = embed.norm(nn.functional.linear(patches_BVX, embed.proj.weight.flatten(1), embed.proj.bias))
+        weight = embed.proj.weight.flatten(1)
+        tokens_BVD = embed.norm(apply_layer(nn.functional.linear, patches_BVX, weight, bias=embed.proj.bias))
         prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
         prefix_1PD = torch.cat(prefix, dim=1) if prefix else None
         if vit.pos_embed is not None:
@@ -253,9 +256,9 @@ class MaskedAutoencoder(nn.Module):
         if self.decoder == "cross":
             for block in self.decoder_blocks:
                 masked_BME = self._through(block, masked_BME, latent)
-            return self.decoder_head(self.decoder_norm(masked_BME))
+            return linear(self.decoder_head, self.decoder_norm(masked_BME))
         num_prefix = latent.shape[1] - visible.shape[1]
-        tokens = self.decoder_embed(latent)
+        tokens = linear(self.decoder_embed, latent)
         # Sums with float32 positions are float32 under autocast too, so the residual stream loses nothing to bf16.
         visible_BVE = tokens[:, num_prefix:] + nn.functional.embedding(visible, positions_NE)
         # Attention does not depend on the order of tokens, so nothing is shuffled back into the image's order.
@@ -267,7 +270,7 @@ class MaskedAutoencoder(nn.Module):
                 tokens = self._through(block, tokens)
         else:
             tokens = torch.cat([known, masked_BME], dim=1)
-        return self.decoder_head(self.decoder_norm(self._through(last_block, tokens, masked.shape[1])))
+        return linear(self.decoder_head, self.decoder_norm(self._through(last_block, tokens, masked.shape[1])))
 
     def target(self, images: Float[Tensor, "B C H W"], masked: Int[Tensor, "B M"]) -> Float[Tensor, "B M X"]:
         """What `decode` should predict: masked patches, normalized by their own mean and deviation if `norm_pixels`."""

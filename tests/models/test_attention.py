@@ -47,6 +47,7 @@ def test_products_are_really_used_up_to_their_longest_sequence():
         assert ("_AttentionByProductsBackward" in backward_functions(attention(qkv, 3))) == by_products
 
 
+@pytest.mark.usefixtures("with_and_without_bf16_products")
 def test_bf16_is_as_near_to_the_truth_as_timm():
     theirs, ours = twins(width=48)
     x = torch.randn(4, 17, 48)
@@ -60,6 +61,7 @@ def test_bf16_is_as_near_to_the_truth_as_timm():
         assert error < max(0.02, 2 * timms_error)
 
 
+@pytest.mark.usefixtures("with_and_without_bf16_products")
 def test_autocast_gives_bf16_and_stays_near_float32():
     _, ours = twins()
     x = torch.randn(2, 9, 24)
@@ -137,7 +139,8 @@ def test_accelerate_names_the_layers_it_changes_and_leaves_subclasses_alone():
     model.blocks[1].attn.__class__ = Special
     keys, first = list(model.state_dict()), model.blocks[0].attn
     parameters = [id(p) for p in model.parameters()]
-    assert accelerate(model) == ["blocks.0.attn", "blocks.0.mlp", "blocks.1.mlp", "blocks.2.attn", "blocks.2.mlp"]
+    blocks = ["blocks.0.attn", "blocks.0.mlp", "blocks.1.mlp", "blocks.2.attn", "blocks.2.mlp"]
+    assert accelerate(model) == ["patch_embed", *blocks]
     assert type(model.blocks[1].attn) is Special
     assert type(model.blocks[0].attn) is FastAttention
     assert model.blocks[0].attn is first

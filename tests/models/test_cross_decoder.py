@@ -58,6 +58,7 @@ def test_gradient_is_that_of_finite_differences():
     assert torch.autograd.gradcheck(lambda q, kv: function(q, kv, 3, 0.7), (query, key_value))
 
 
+@pytest.mark.usefixtures("with_and_without_bf16_products")
 def test_bf16_is_as_near_to_the_truth_as_fused_attention(monkeypatch):
     torch.manual_seed(0)
     layer = CrossAttention(48, context_dim=32, num_heads=3)

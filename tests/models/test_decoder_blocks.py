@@ -76,6 +76,7 @@ def test_mask_tokens_are_projected_once_for_each_patch():
     assert rows[0] == B * K + N
 
 
+@pytest.mark.usefixtures("with_and_without_bf16_products")
 def test_bf16_is_as_near_to_the_truth_as_timms_block():
     theirs, ours = twins()
     known, table, index = inputs()

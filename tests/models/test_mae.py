@@ -291,6 +291,7 @@ def test_copy_pickle_and_reload_compute_the_same(make_mae):
         assert all(a is not b for a, b in zip(twin.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.usefixtures("with_and_without_bf16_products")
 def test_bf16_autocast_is_finite_and_close(make_mae):
     model = perturbed(make_mae(decoder_depth=2))
     images, split = images_for(model, batch=16), split_for(model, batch=16)

@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
-from masklr.models import fast_layers as module
-from masklr.models.fast_layers import FastMlp, column_sums, linear
+from masklr.models import fast_linear, fast_mlp, float32_products
+from masklr.models.fast_linear import column_sums, linear
+from masklr.models.fast_mlp import FastMlp
 from tests.graphs import backward_functions, second_derivative
 
 
@@ -46,7 +47,8 @@ def test_output_and_gradients_equal_those_of_timm(shape):
 
 @pytest.mark.parametrize("rows", [8, 802])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_bf16_is_as_near_to_the_truth_as_timm(rows, autocast):
+def test_bf16_is_as_near_to_the_truth_as_timm(rows, autocast, monkeypatch):
+    monkeypatch.setattr(float32_products, "ONEDNN_HAS_BF16", True)
     theirs, ours = twins()
     x = torch.randn(rows, 24)
     truth = output_and_gradients(copy.deepcopy(theirs).double(), x.double())
@@ -280,7 +282,7 @@ def test_gradient_is_that_of_finite_differences(name):
     torch.manual_seed(0)
     sizes = [(2, 3, 4), (5, 4), (5,)] + ([(4, 5), (4,)] if name == "MLP" else [])
     inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
-    function = module._MLP if name == "MLP" else module._Linear
+    function = fast_mlp._MLP if name == "MLP" else fast_linear._Linear
     assert torch.autograd.gradcheck(function.apply, inputs)
 
 
@@ -316,7 +318,7 @@ def test_column_sums(rows, dtype):
 
 
 def has_bf16_products():
-    return module.has_fused_bias(torch.bfloat16)
+    return fast_linear.has_fused_bias(torch.bfloat16)
 
 
 @pytest.mark.skipif(not has_bf16_products(), reason="oneDNN has no bf16 on this processor")
@@ -369,7 +371,8 @@ def lambda_module(layer):
     return Served()
 
 
-def test_linear_serves_whatever_took_a_layers_place():
+def test_linear_serves_whatever_took_a_layers_place(monkeypatch):
+    monkeypatch.setattr(float32_products, "ONEDNN_HAS_BF16", True)
     x = torch.randn(2, 24)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for layer in (nn.Identity(), HalvedLinear(24, 3), nn.Linear(24, 3, bias=False)):
