@@ -21,6 +21,7 @@ PIECE = 2**20
 ONEDNN_HAS_BF16: bool = (  # a constant, which compiled graphs can be made with
     hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 )
+FLOAT32: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -72,7 +73,7 @@ class _Rows:
     """Memory for a piece of rows in float32, which the next piece finds again."""
 
     def __init__(self, size: int, width: int) -> None:
-        self.memory = torch.empty(size, width)
+        self.memory = torch.empty(size, width, **FLOAT32)
 
     def room(self, rows: Tensor) -> Tensor:
         """Place for as many rows."""
@@ -112,7 +113,7 @@ class LinearInFloat32(Function):
         flat, grad, flat_grad = (t.reshape(-1, t.shape[-1]) for t in (x, grad_out, grad_x))
         size = piece_size(len(flat), max(weight.shape))
         rows, grads = _Rows(size, flat.shape[1]), _Rows(size, grad.shape[1])
-        grad_weight, grad_bias = torch.zeros(weight.shape), torch.zeros(len(weight))
+        grad_weight, grad_bias = torch.zeros(weight.shape, **FLOAT32), torch.zeros(len(weight), **FLOAT32)
         with torch.autocast("cpu", enabled=False):
             factor = weight.float()
             for x_, grad_, grad_x_ in zip(*(t.split(size) for t in (flat, grad, flat_grad)), strict=True):
@@ -161,7 +162,7 @@ class MLPInFloat32(Function):
         wants_weight1, wants_bias1, wants_weight2, wants_bias2 = wanted
         grad_x = torch.empty_like(x)
         flat, grad, flat_grad = (t.reshape(-1, t.shape[-1]) for t in (x, grad_out, grad_x))
-        sums = [torch.zeros(shape) for w in (weight1, weight2) for shape in (w.shape, w.shape[:1])]
+        sums = [torch.zeros(shape, **FLOAT32) for w in (weight1, weight2) for shape in (w.shape, w.shape[:1])]
         size = piece_size(len(flat), len(weight1))
         rows, grads = _Rows(size, flat.shape[1]), _Rows(size, grad.shape[1])
         before, inner_grads = _Rows(size, hidden.shape[1]), _Rows(size, hidden.shape[1])

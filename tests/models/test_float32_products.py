@@ -303,6 +303,20 @@ def test_float32_and_float64_are_not_touched():
         assert ours(torch.randn(3, 24, dtype=torch.float64)).dtype == torch.float64
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_defaults_of_torch_are_not_asked(name):
+    _, ours, call, _ = twins(name)
+    x = torch.randn(2, 5, 24)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with bf16():
+            found = output_and_gradients(lambda x: call(ours, x), ours, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found[0].dtype == torch.bfloat16
+    assert {grad.dtype for grad in found[1:]} == {torch.float32}
+
+
 def test_no_rows_are_no_error():
     with bf16():
         for name in LAYERS:
