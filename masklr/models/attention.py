@@ -19,6 +19,7 @@ from masklr.models.float32_products import (
     apply_layer,
     has_bf16_products,
     in_float32,
+    lacks_products,
     leave_compiled_backward_to_its_types,
 )
 from masklr.models.own_gradients import NOT_TWICE, own_gradients_wanted
@@ -113,6 +114,8 @@ def attention(
         Vaswani et al., "Attention is all you need", NeurIPS 2017.
     """
     batch, tokens, width = qkv.shape
+    if lacks_products(qkv):
+        qkv = qkv.bfloat16()  # as autocast has it: what took the projection's place may have given float32
     if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and not has_bf16_products():
         if own_gradients_wanted(qkv):
             return SelfAttentionInFloat32.apply(qkv, num_heads, tokens if last is None else last)

@@ -7,6 +7,7 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from masklr.checkpoint_files import sound_checkpoint
+from masklr.models.fast_linear import linear
 from masklr.models.pretrained import load_encoder
 from masklr.models.run_encoder import is_file, pretrained_encoder
 from masklr.models.timm_models import check_size, pair, size_options, timm_model
@@ -113,7 +114,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Num[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
         """Logits of normalized images."""
-        return self.head(self.head_norm(self.features(images)))
+        return linear(self.head, self.head_norm(self.features(images)))
 
 
 def _backbone_by_name(name: str, options: dict[str, Any], pretrained: bool, weights: str | None) -> Any:

@@ -64,7 +64,9 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(layer: nn.Module, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
-    """What `layer(x)` gives, to rounding in the gradient of the bias, in one pass less over the output in bf16.
+    """What `layer(x)` gives, to rounding, in one pass less over the output in bf16.
+
+    On CPUs without bf16 products its own are taken in float32; what took a linear layer's place gives float32 then.
 
     Args:
         layer: A linear layer, or what has taken its place.
@@ -87,4 +89,4 @@ def linear(layer: nn.Module, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"
             return _Linear.apply(x.to(dtype), layer.weight, layer.bias)
     if isinstance(layer, nn.Linear):
         return apply_layer(layer, x)
-    return in_float32(layer, x) if lacks_products(x) else layer(x)
+    return in_float32(layer, x) if lacks_products(x, layer) else layer(x)

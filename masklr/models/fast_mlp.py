@@ -1,4 +1,4 @@
-"""timm's MLP on CPUs: the same products with less memory kept.
+"""timm's MLP on CPUs: the same products with less memory kept, in float32 where bf16 has none.
 
 It steps aside where somebody listens to a part or has replaced it: what has a hook, a mask, a low-rank update or a
 parametrization is served by its own call.

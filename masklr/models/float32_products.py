@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 
 from masklr.models.own_gradients import NOT_TWICE
@@ -31,35 +31,50 @@ def has_bf16_products() -> bool:
     return ONEDNN_HAS_BF16
 
 
-def lacks_products(x: Tensor) -> bool:
-    """Whether autocast would have layers of x multiply bf16 matrices on a CPU that cannot."""
+def lacks_products(x: Tensor, layer: Callable[..., Tensor] | None = None) -> bool:
+    """Whether autocast would have a layer of x multiply bf16 matrices on a CPU that cannot, and float32 ones would do.
+
+    They would not for a layer, or the layer of a method, that has parameters of another type.
+    """
+    module = getattr(layer, "__self__", layer)
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float32)
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and not has_bf16_products()
+        and (not isinstance(module, nn.Module) or all(p.dtype == torch.float32 for p in module.parameters()))
     )
 
 
 def in_float32(layer: Callable[..., Tensor], *tensors: Tensor, **options: Any) -> Tensor:
     """What a layer gives for tensors in float32 without autocast: float32."""
+    cast = {
+        name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in options.items()
+    }
     with torch.autocast("cpu", enabled=False):
-        return layer(*(tensor.float() for tensor in tensors), **options)
+        return layer(*(tensor.float() for tensor in tensors), **cast)
 
 
 def leave_compiled_backward_to_its_types() -> None:
     """On such a CPU, have backward passes that `torch.compile` makes run without autocast, as Lightning runs others.
 
-    Compiled under autocast, they would have it by default, and multiply in bf16 what is float32 here.
+    Compiled under autocast, they would have it by default, and multiply in bf16 what is float32 here. The setting is
+    the process's, so it stays as it is where there is another device to compile for, or somebody has chosen.
     """
-    if not has_bf16_products():
-        torch._functorch.config.backward_pass_autocast = "off"
+    config = torch._functorch.config
+    if (
+        not has_bf16_products()
+        and not torch.cuda.is_available()
+        and getattr(config, "backward_pass_autocast", None) == "same_as_forward"
+    ):
+        config.backward_pass_autocast = "off"
 
 
 def apply_layer(layer: Callable[..., Tensor], x: Tensor, *others: Tensor, **options: Any) -> Tensor:
     """What a layer of products gives, in bf16 under such autocast; computed in float32 on a CPU without bf16's."""
-    if lacks_products(x):
+    if lacks_products(x, layer):
         return in_float32(layer, x, *others, **options).bfloat16()
     return layer(x, *others, **options)
 
@@ -109,7 +124,8 @@ class LinearInFloat32(Function):
             raise RuntimeError(NOT_TWICE.format("a linear layer"))
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        grad_x = torch.empty_like(x)
+        # Contiguous, so that its rows are views; of no use where no gradient of x is wanted.
+        grad_x = x.new_empty(x.shape) if wants_x else x
         flat, grad, flat_grad = (t.reshape(-1, t.shape[-1]) for t in (x, grad_out, grad_x))
         size = piece_size(len(flat), max(weight.shape))
         rows, grads = _Rows(size, flat.shape[1]), _Rows(size, grad.shape[1])
@@ -160,7 +176,8 @@ class MLPInFloat32(Function):
         x, hidden, weight1, weight2 = ctx.saved_tensors
         wants_x, *wanted = ctx.needs_input_grad
         wants_weight1, wants_bias1, wants_weight2, wants_bias2 = wanted
-        grad_x = torch.empty_like(x)
+        # Contiguous, so that its rows are views; of no use where no gradient of x is wanted.
+        grad_x = x.new_empty(x.shape) if wants_x else x
         flat, grad, flat_grad = (t.reshape(-1, t.shape[-1]) for t in (x, grad_out, grad_x))
         sums = [torch.zeros(shape, **FLOAT32) for w in (weight1, weight2) for shape in (w.shape, w.shape[:1])]
         size = piece_size(len(flat), len(weight1))
@@ -248,13 +265,18 @@ class CrossAttentionInFloat32(Function):
         return grad_query, grad_key_value, None
 
 
+def _rows_in_float32(x: Tensor) -> Tensor:
+    """In float32, contiguous: the kernels take the last axis to be."""
+    return x.to(torch.float32, memory_format=torch.contiguous_format)
+
+
 def _attend(out: Tensor, *factors: Tensor) -> list[Tensor]:
     """Write the attention of queries, keys and values (B, tokens, heads, d); the log-sums of its exponentials."""
     size = piece_size(len(out), max(factor.shape[1:].numel() for factor in factors))
     sums = []
     with torch.autocast("cpu", enabled=False):
         for out_, *parts in zip(*(t.split(size) for t in (out, *factors)), strict=True):
-            found, log_sums = _flash(*(part.float().transpose(1, 2) for part in parts))
+            found, log_sums = _flash(*(_rows_in_float32(part).transpose(1, 2) for part in parts))
             out_.copy_(found.transpose(1, 2).flatten(2))
             sums.append(log_sums)
     return sums
@@ -271,7 +293,7 @@ def _attend_backward(
     split = zip(*(t.split(size) for t in (grad_out.view(heads), out.view(heads), *factors, *grads)), strict=True)
     with torch.autocast("cpu", enabled=False):
         for parts, log_sums in zip(split, sums, strict=True):
-            grad, found, q, k, v = (part.float().transpose(1, 2) for part in parts[:5])
+            grad, found, q, k, v = (_rows_in_float32(part).transpose(1, 2) for part in parts[:5])
             results = _flash_backward(grad, q, k, v, found, log_sums, 0.0, False)
             for place, result in zip(parts[5:], results, strict=True):
                 place.copy_(result.transpose(1, 2))

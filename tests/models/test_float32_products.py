@@ -10,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from masklr.layers import DropConnectLinear
+from masklr.layers import DropConnectLinear, LowRankLinear
 from masklr.models import Classifier, MaskedAutoencoder
 from masklr.models import float32_products as module
 from masklr.models.attention import FastAttention, accelerate
@@ -55,9 +55,9 @@ class Recorded(TorchDispatchMode):
 
 def make_mae(**options):
     torch.manual_seed(0)
+    options.setdefault("image_size", 16)
     args = {"embed_dim": 24, "depth": 2, "num_heads": 3}
     return MaskedAutoencoder(
-        image_size=16,
         patch_size=4,
         encoder_args={**args, **options.pop("encoder_args", {})},
         decoder_dim=24,
@@ -90,7 +90,20 @@ def with_dropconnect():
     return model
 
 
+def with_low_rank(**options):
+    model = make_mae(image_size=32, **options)  # 64 patches: too many for products in float32
+    for layers in (*model.encoder.blocks, *model.decoder_blocks):
+        for name in ("qkv", "q", "proj"):
+            if hasattr(layers.attn, name):
+                setattr(layers.attn, name, LowRankLinear.from_linear(getattr(layers.attn, name), 4))
+        layers.mlp.fc1 = LowRankLinear.from_linear(layers.mlp.fc1, 4)
+    return model
+
+
 MODELS = {
+    "low rank": with_low_rank,
+    "low rank, cross decoder": lambda: with_low_rank(decoder="cross"),
+    "low rank, cross decoder, few tokens": lambda: with_low_rank(decoder="cross", prediction_ratio=0.1),
     "full decoder": make_mae,
     "cross decoder": lambda: make_mae(decoder="cross", prediction_ratio=0.5),
     "recomputed": lambda: make_mae(checkpoint=True),
@@ -105,9 +118,10 @@ MODELS = {
 
 
 def loss_of(model):
-    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    size = model.image_size
+    images = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0))
     if isinstance(model, Classifier):
-        return model.backbone.forward_features(images).square().mean()
+        return model(images).square().mean()
     split = model.draw_split(3, torch.Generator().manual_seed(1))
     return model(images, split).loss
 
@@ -215,6 +229,39 @@ def test_output_and_gradients_are_nearer_to_the_truth_than_those_of_bf16(name, p
         error, other_error = (((y.double() - true).norm() / true.norm()).item() for y in (ours_, theirs_))
         assert error < 0.01
         assert error < 1.25 * other_error  # of which the rounding of `weights` is a part
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_transposed_inputs(name):
+    theirs, ours, call, _ = twins(name)
+    x = torch.randn(3, 24, 7)
+    exact = copy.deepcopy(theirs).double()
+    truth = output_and_gradients(lambda x: exact(x.mT).mT, exact, x.double())
+    with bf16():
+        found = output_and_gradients(lambda x: call(ours, x.mT).mT, ours, x)
+    for true, rounded in zip(truth, found, strict=True):
+        assert (rounded.double() - true).norm() < 0.01 * true.norm()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_parameters_in_bf16_are_served_without_gradients_and_with_listeners_too(name):
+    theirs, ours, call, _ = twins(name)
+    x = torch.randn(2, 5, 24)
+    theirs, ours = theirs.bfloat16(), ours.bfloat16()
+    with bf16():
+        expected = theirs(x)
+        with torch.no_grad():
+            torch.testing.assert_close(call(ours, x), expected, rtol=0.02, atol=0.05)
+        for layer in ours.modules():
+            layer.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(call(ours, x), expected, rtol=0.02, atol=0.05)
+
+
+def test_masks_of_attention_in_bf16():
+    theirs, ours, _, _ = twins("attention")
+    x, mask = torch.randn(2, 5, 24), torch.randn(5, 5).bfloat16()
+    with bf16():
+        torch.testing.assert_close(ours(x, attn_mask=mask), theirs(x, attn_mask=mask), rtol=0.02, atol=0.05)
 
 
 def test_cross_attention_is_nearer_to_the_truth_in_any_pieces(monkeypatch):
@@ -341,11 +388,12 @@ def test_pieces_cover_all_rows_and_are_of_about_one_size():
             assert max(sizes) * width <= 1.5 * module.PIECE or max(sizes) <= 1
 
 
-@pytest.mark.parametrize("has", [True, False])
-def test_compiled_backward_passes_keep_their_types_on_such_cpus_only(has, monkeypatch):
+@pytest.mark.parametrize(("has", "cuda"), [(True, False), (False, True), (False, False)])
+def test_compiled_backward_passes_keep_their_types_on_such_cpus_only(has, cuda, monkeypatch):
     monkeypatch.setattr(module, "ONEDNN_HAS_BF16", has)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     accelerate(timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=12, depth=1, num_heads=1))
-    assert torch._functorch.config.backward_pass_autocast == ("same_as_forward" if has else "off")
+    assert torch._functorch.config.backward_pass_autocast == ("same_as_forward" if has or cuda else "off")
 
 
 def test_the_processor_is_asked():
