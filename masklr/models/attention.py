@@ -150,7 +150,7 @@ class FastAttention(Attention):
     ) -> Tensor:
         """Self-attention over tokens; x is (batch, tokens, width). `last` as in `attention`."""
         if attn_mask is not None or is_causal or not self.is_plain:
-            x = apply_layer(super().forward, x, attn_mask=attn_mask, is_causal=is_causal)
+            x = apply_layer(self, super().forward, x, attn_mask=attn_mask, is_causal=is_causal)
             return x if last is None else x[:, -last:]
         return self.of_projected(linear(self.qkv, x), last)
 
@@ -174,7 +174,7 @@ class FastPatchEmbed(PatchEmbed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embedded patches of images (batch, channels, height, width)."""
-        return apply_layer(super().forward, x)
+        return apply_layer(self, super().forward, x)
 
 
 def accelerate(model: nn.Module) -> list[str]:

@@ -88,5 +88,5 @@ def linear(layer: nn.Module, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"
         if dtype is not None and has_fused_bias(dtype):
             return _Linear.apply(x.to(dtype), layer.weight, layer.bias)
     if isinstance(layer, nn.Linear):
-        return apply_layer(layer, x)
+        return apply_layer(layer, layer, x)
     return in_float32(layer, x) if lacks_products(x, layer) else layer(x)

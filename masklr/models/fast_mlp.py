@@ -85,4 +85,4 @@ class FastMlp(Mlp):
                 slow = dtype == torch.bfloat16 and not has_bf16_products()
                 function = MLPInFloat32 if slow else _MLP
                 return function.apply(x.to(dtype), *(p for layer in parts for p in (layer.weight, layer.bias)))
-        return apply_layer(super().forward, x)
+        return apply_layer(self, super().forward, x)

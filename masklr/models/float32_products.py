@@ -31,19 +31,18 @@ def has_bf16_products() -> bool:
     return ONEDNN_HAS_BF16
 
 
-def lacks_products(x: Tensor, layer: Callable[..., Tensor] | None = None) -> bool:
+def lacks_products(x: Tensor, module: nn.Module | None = None) -> bool:
     """Whether autocast would have a layer of x multiply bf16 matrices on a CPU that cannot, and float32 ones would do.
 
-    They would not for a layer, or the layer of a method, that has parameters of another type.
+    They would not for a module that has parameters of another type.
     """
-    module = getattr(layer, "__self__", layer)
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float32)
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and not has_bf16_products()
-        and (not isinstance(module, nn.Module) or all(p.dtype == torch.float32 for p in module.parameters()))
+        and (module is None or all(p.dtype == torch.float32 for p in module.parameters()))
     )
 
 
@@ -72,9 +71,14 @@ def leave_compiled_backward_to_its_types() -> None:
         config.backward_pass_autocast = "off"
 
 
-def apply_layer(layer: Callable[..., Tensor], x: Tensor, *others: Tensor, **options: Any) -> Tensor:
-    """What a layer of products gives, in bf16 under such autocast; computed in float32 on a CPU without bf16's."""
-    if lacks_products(x, layer):
+def apply_layer(
+    module: nn.Module | None, layer: Callable[..., Tensor], x: Tensor, *others: Tensor, **options: Any
+) -> Tensor:
+    """What a layer of products gives, in bf16 under such autocast; computed in float32 on a CPU without bf16's.
+
+    `module` is what has the parameters of the layer, if they are not given.
+    """
+    if lacks_products(x, module):
         return in_float32(layer, x, *others, **options).bfloat16()
     return layer(x, *others, **options)
 

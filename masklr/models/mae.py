@@ -215,7 +215,7 @@ class MaskedAutoencoder(nn.Module):
         # The embedding is a convolution with stride = kernel: a matrix product on raw patches, of the visible ones
         # only.
         weight = embed.proj.weight.flatten(1)
-        tokens_BVD = embed.norm(apply_layer(nn.functional.linear, patches_BVX, weight, bias=embed.proj.bias))
+        tokens_BVD = embed.norm(apply_layer(None, nn.functional.linear, patches_BVX, weight, bias=embed.proj.bias))
         prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
         prefix_1PD = torch.cat(prefix, dim=1) if prefix else None
         if vit.pos_embed is not None:
