@@ -17,8 +17,8 @@ from masklr.models.fast_mlp import FastMlp, Mlp
 from masklr.models.float32_products import (
     SelfAttentionInFloat32,
     apply_layer,
-    has_bf16_products,
     in_float32,
+    is_widened,
     lacks_products,
     leave_compiled_backward_to_its_types,
 )
@@ -116,7 +116,7 @@ def attention(
     batch, tokens, width = qkv.shape
     if lacks_products(qkv):
         qkv = qkv.bfloat16()  # as autocast has it: what took the projection's place may have given float32
-    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and not has_bf16_products():
+    if is_widened(qkv):
         if own_gradients_wanted(qkv):
             return SelfAttentionInFloat32.apply(qkv, num_heads, tokens if last is None else last)
         return in_float32(attention, qkv, num_heads=num_heads, last=last).to(qkv.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from masklr.models.attention import compiled_products
 from masklr.models.fast_linear import linear
-from masklr.models.float32_products import CrossAttentionInFloat32, has_bf16_products, in_float32, lacks_products
+from masklr.models.float32_products import CrossAttentionInFloat32, in_float32, is_widened, lacks_products
 from masklr.models.own_gradients import NOT_TWICE, own_gradients_wanted
 
 # The largest number of queries x keys at which batched products beat fused attention on CPU, forward and backward, by
@@ -87,7 +87,7 @@ def cross_attention(
     batch, queries, width = query.shape
     if lacks_products(query):
         query, key_value = query.bfloat16(), key_value.bfloat16()  # as autocast has it, whatever gave them
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not has_bf16_products():
+    if is_widened(query):
         if own_gradients_wanted(query):
             return CrossAttentionInFloat32.apply(query, key_value, num_heads)
         return in_float32(cross_attention, query, key_value, num_heads=num_heads).to(query.dtype)

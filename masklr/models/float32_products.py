@@ -31,6 +31,11 @@ def has_bf16_products() -> bool:
     return ONEDNN_HAS_BF16
 
 
+def is_widened(x: Tensor) -> bool:
+    """Whether products of x are taken in float32 here: bf16 on a CPU that has none."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not has_bf16_products()
+
+
 def lacks_products(x: Tensor, module: nn.Module | None = None) -> bool:
     """Whether autocast would have a layer of x multiply bf16 matrices on a CPU that cannot, and float32 ones would do.
 
