@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from masklr.decompositions import float64, singular_values
+from masklr.spectra.decompositions import float64, singular_values
 
 
 def product_core(factors: Sequence[Float[Tensor, "_ _"]]) -> Float64[Tensor, "rows cols"]:

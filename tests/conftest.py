@@ -18,12 +18,10 @@ jaxtyping.install_import_hook(
         f"masklr.{room}"
         for room in (
             "masks",
-            "decompositions",
             "spectra",
             "moments",
             "layer_weights",
             "products",
-            "subspaces",
             "matrices",
             "probes",
             "theory",

@@ -14,11 +14,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 MAY_IMPORT = {
     "masks": set(),
-    "spectra": {"decompositions"},
-    "decompositions": set(),
+    "spectra": set(),
     "layer_weights": set(),
-    "products": {"decompositions"},
-    "subspaces": {"decompositions"},
+    "products": {"spectra.decompositions"},
     "matrices": {"layer_weights", "products"},
     "moments": {"spectra"},
     "probes": {"spectra"},
@@ -54,7 +52,6 @@ MAY_IMPORT = {
         "moments",
         "matrices",
         "products",
-        "subspaces",
         "probes",
         "neighbors",
         "theory",

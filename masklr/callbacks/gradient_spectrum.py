@@ -12,7 +12,7 @@ from masklr.callbacks.matrix_measures import Cadence, NonFinite, is_finite, over
 from masklr.callbacks.recording import Recording, with_means
 from masklr.matrices import Weight, named_matrices
 from masklr.spectra import check_measures
-from masklr.subspaces import Side, leading_subspace
+from masklr.spectra.subspaces import Side, leading_subspace
 
 
 class GradientSpectrum(pl.Callback):

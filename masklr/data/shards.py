@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader
 
 from masklr.data.decoding import Interpolation, SampleError, View, size_pair
 from masklr.data.loading import ImageData, SplitName
+from masklr.data.remote_shards import Shards, decoded_sample, installed_datasets, shard_kind
 from masklr.data.splits import MAX_SKIPPED, NAMED_SKIPS, Images, OnError, check_skipped, images_of
-from masklr.data.streams import Shards, StreamBatches, decoded_sample, installed_datasets, shard_kind
+from masklr.data.streams import StreamBatches
 from masklr.data.tar_index import TarSource, shard_index, shard_paths
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ import pytorch_lightning as pl
 import torch
 
 from masklr.data import SampleError, ShardedImages
-from masklr.data.streams import Shards, StreamBatches, shares_of_pass, shuffled
+from masklr.data.remote_shards import Shards
+from masklr.data.streams import StreamBatches, shares_of_pass, shuffled
 
 pytest.importorskip("datasets")
 pytestmark = [

@@ -9,9 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from masklr import masks
 from masklr.layers import DropConnectConv2d, DropConnectLinear
-from masklr.masks import kept_share
+from masklr.masks import kept_share, weights
 from tests.two_processes import in_two_processes
 
 PERS = ["batch", "sample"]
@@ -112,7 +111,7 @@ def test_masks_of_an_image_are_the_same_at_all_positions():
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
 def test_masks_of_samples_have_mean_one_the_right_variance_and_independent_entries(p, path, monkeypatch):
     if path == "torch":  # what runs on other devices
-        monkeypatch.setattr(masks, "_uniform_int16", masks._torch_int16)
+        monkeypatch.setattr(weights, "_uniform_int16", weights._torch_int16)
     draws = 40_000
     factors = revealed_masks("sample", draws, p, in_features=3, out_features=2).flatten(1).double()
     variance = p / (1 - p)
@@ -144,7 +143,7 @@ def test_masks_of_samples_have_mean_one_the_right_variance_and_independent_entri
 @PER
 def test_gradients_are_those_of_finite_differences(per, options, path, monkeypatch):
     if path == "torch":
-        monkeypatch.setattr(masks, "_uniform_int16", masks._torch_int16)
+        monkeypatch.setattr(weights, "_uniform_int16", weights._torch_int16)
     layer = options["make"](per, **{key: value for key, value in options.items() if key != "make"})
     names = [name for name, _ in layer.named_parameters()]
 

@@ -1,7 +1,4 @@
-"""Matrices to singular values: exact, by the fastest way that is exact for the shape; Gram matrices; the null.
-
-Part of `masklr.spectra`, where these functions are found.
-"""
+"""Matrices to singular values: exact, by the fastest way that is exact for the shape; Gram matrices; the null."""
 
 import math
 import warnings

@@ -1,8 +1,12 @@
+import math
+
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 
-from masklr.spectra import singular_values, subspace_overlap
-from masklr.subspaces import leading_subspace
+from masklr.spectra import leading_subspace, principal_angles, singular_values, subspace_overlap
+from tests.spectra.examples import orthogonal
 
 
 def low_rank(rows, cols, sigma):
@@ -50,3 +54,26 @@ def test_half_precision_is_cast_first(dtype):
 def test_no_rank_raises():
     with pytest.raises(ValueError, match="Expected `rank` of at least 1, got 0"):
         leading_subspace(torch.ones(2, 2), 0)
+
+
+@pytest.mark.parametrize("tilt", [0.0, 1e-9, 1e-4, 0.5, 1.5, math.pi / 2])
+def test_principal_angles_resolve_small_and_large_tilts(tilt):
+    Qa = torch.eye(5, dtype=torch.float64)[:, :2]
+    Qb = torch.zeros(5, 2, dtype=torch.float64)
+    Qb[0, 0], Qb[2, 0], Qb[1, 1] = math.cos(tilt), math.sin(tilt), 1
+    angles = principal_angles(Qa, Qb)
+    assert angles.tolist() == pytest.approx([0, tilt], abs=1e-14)
+    assert subspace_overlap(Qa, Qb).item() == pytest.approx((1 + math.cos(tilt) ** 2) / 2)
+
+
+@pytest.mark.parametrize(("a", "b"), [(3, 3), (2, 5), (5, 2), (1, 1)])
+def test_principal_angles_equal_those_of_scipy(a, b):
+    Qa, Qb = orthogonal(9, a, 1), orthogonal(9, b, 2)
+    expected = np.sort(scipy.linalg.subspace_angles(Qa.numpy(), Qb.numpy()))
+    np.testing.assert_allclose(principal_angles(Qa, Qb), expected, atol=1e-12)
+    assert subspace_overlap(Qa, Qb).item() == pytest.approx((np.cos(expected) ** 2).mean())
+
+
+def test_columns_that_are_not_orthonormal_raise():
+    with pytest.raises(ValueError, match="orthonormal columns of `Qb`"):
+        subspace_overlap(torch.eye(3), 2 * torch.eye(3))

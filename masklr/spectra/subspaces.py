@@ -1,4 +1,4 @@
-"""The leading singular subspace of a matrix, with its singular values."""
+"""The leading singular subspace of a matrix, and how two subspaces lie to each other."""
 
 from typing import Literal, NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from masklr.decompositions import float64, singular_values_and_gram
+from masklr.spectra.decompositions import float64, singular_values_and_gram
 
 Side = Literal["left", "right"]
 
@@ -75,3 +75,72 @@ def _leading_eigenvectors(symmetric: Tensor, count: int) -> Tensor:
     size = len(symmetric)
     vectors = eigh(symmetric.cpu().numpy(), subset_by_index=(size - count, size - 1), check_finite=False)[1]
     return torch.from_numpy(vectors.copy()).flip(1)
+
+
+def subspace_overlap(Qa: Float[Tensor, "n a"], Qb: Float[Tensor, "n b"]) -> Float64[Tensor, ""]:
+    r"""Share of the smaller subspace that lies in the larger one.
+
+    .. math:: \|Q_a^T Q_b\|_F^2 / \min(a, b) = \mathrm{mean}_i \cos^2 \theta_i
+
+    Between 0 (orthogonal) and 1 (contained); two random ones have max(a, b) / n on average.
+
+    Args:
+        Qa: Orthonormal columns that span the first subspace.
+        Qb: Orthonormal columns that span the second.
+
+    Returns:
+        A scalar, a fraction.
+
+    Raises:
+        ValueError: The columns are not orthonormal.
+
+    Example:
+        >>> subspace_overlap(torch.eye(4)[:, :2], torch.eye(4)[:, 1:3])
+        tensor(0.5000, dtype=torch.float64)
+
+    Reference:
+        Hu et al., "LoRA: low-rank adaptation of large language models", ICLR 2022, section 7.2.
+    """
+    cosines = _orthonormal(Qa, "Qa").T @ _orthonormal(Qb, "Qb")
+    return cosines.square().sum() / min(cosines.shape)
+
+
+def principal_angles(Qa: Float[Tensor, "n a"], Qb: Float[Tensor, "n b"]) -> Float64[Tensor, " k"]:
+    r"""Angles between two subspaces.
+
+    .. math:: \cos \theta_i = \sigma_i(Q_a^T Q_b), \qquad i = 1, \dots, \min(a, b)
+
+    Each between 0 (shared direction) and pi/2. Small angles come from sines, since a cosine loses half the digits.
+
+    Args:
+        Qa: Orthonormal columns that span the first subspace.
+        Qb: Orthonormal columns that span the second.
+
+    Returns:
+        Angles in radians, ascending.
+
+    Raises:
+        ValueError: The columns are not orthonormal.
+
+    Example:
+        >>> principal_angles(torch.eye(3)[:, :2], torch.eye(3)[:, 1:])
+        tensor([0.0000, 1.5708], dtype=torch.float64)
+
+    Reference:
+        Björck and Golub, "Numerical methods for computing angles between linear subspaces", Math. Comp. 1973.
+    """
+    large, small = _orthonormal(Qa, "Qa"), _orthonormal(Qb, "Qb")
+    if large.shape[1] < small.shape[1]:
+        large, small = small, large
+    overlap = large.T @ small
+    cosines = torch.linalg.svdvals(overlap).clamp(max=1)
+    sines = torch.linalg.svdvals(small - large @ overlap).flip(0).clamp(max=1)
+    return torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())
+
+
+def _orthonormal(Q: Tensor, name: str) -> Tensor:
+    Q = float64(Q)
+    error = (Q.T @ Q - torch.eye(Q.shape[1], dtype=torch.float64, device=Q.device)).abs().max().item()
+    if not error < 1e-3:
+        raise ValueError(f"Expected orthonormal columns of `{name}`, got an error of {error:.3g}.")
+    return Q
