@@ -12,10 +12,11 @@ from jaxtyping import Float
 from timm.layers import Attention, PatchEmbed
 from torch import Tensor, nn
 
+from masklr.models.attention_in_float32 import SelfAttentionInFloat32
+from masklr.models.attention_products import attend, write_gradients
 from masklr.models.fast_linear import linear
 from masklr.models.fast_mlp import FastMlp, Mlp
 from masklr.models.float32_products import (
-    SelfAttentionInFloat32,
     apply_layer,
     in_float32,
     is_widened,
@@ -44,11 +45,8 @@ class _AttentionByProducts(torch.autograd.Function):
             .reshape(3, batch * num_heads, tokens, head_dim)
         )
         q = q[:, -last:].contiguous()
-        # The products are computed in qkv's own dtype; autocast would take softmax to float32 and back, a copy each.
         with torch.autocast(qkv.device.type, enabled=False):
-            scores = torch.baddbmm(qkv.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
-            probabilities = torch._softmax(scores, -1, False, out=scores)
-            out = torch.bmm(probabilities, v)
+            out, probabilities = attend(q, k, v, scale)
         ctx.save_for_backward(q, k, v, probabilities)
         ctx.num_heads, ctx.scale = num_heads, scale
         return out.view(batch, num_heads, last, head_dim).transpose(1, 2).reshape(batch, last, width // 3)
@@ -65,13 +63,8 @@ class _AttentionByProducts(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             grad_out = grad_out.view(batch, last, num_heads, head_dim).transpose(1, 2).reshape(q.shape)
             grads = q.new_empty(3, products, tokens, head_dim)
-            torch.bmm(probabilities.transpose(1, 2), grad_out, out=grads[2])
-            grad_scores = torch.bmm(grad_out, v.transpose(1, 2))
-            torch._softmax_backward_data(grad_scores, probabilities, -1, probabilities.dtype, grad_input=grad_scores)
             grads[0, :, :-last] = 0  # of tokens that do not ask
-            grad_q = grads[0, :, -last:]
-            torch.baddbmm(grad_q, grad_scores, k, beta=0, alpha=ctx.scale, out=grad_q)
-            torch.baddbmm(grads[1], grad_scores.transpose(1, 2), q, beta=0, alpha=ctx.scale, out=grads[1])
+            write_gradients((grads[0, :, -last:], grads[1], grads[2]), grad_out, q, k, v, probabilities, ctx.scale)
         grad_qkv = grads.view(3, batch, num_heads, tokens, head_dim).permute(1, 3, 0, 2, 4)
         return grad_qkv.reshape(batch, tokens, 3 * num_heads * head_dim), None, None, None
 

@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from masklr.models.attention import compiled_products
+from masklr.models.attention_in_float32 import CrossAttentionInFloat32
+from masklr.models.attention_products import attend, write_gradients
 from masklr.models.fast_linear import linear
-from masklr.models.float32_products import CrossAttentionInFloat32, in_float32, is_widened, lacks_products
+from masklr.models.float32_products import in_float32, is_widened, lacks_products
 from masklr.models.own_gradients import NOT_TWICE, own_gradients_wanted
 
 # The largest number of queries x keys at which batched products beat fused attention on CPU, forward and backward, by
@@ -34,11 +36,8 @@ class _CrossAttentionByProducts(torch.autograd.Function):
             .permute(2, 0, 3, 1, 4)
             .reshape(2, batch * num_heads, tokens, head_dim)
         )
-        # The products are computed in the query's own dtype; autocast would take softmax to float32 and back.
         with torch.autocast(query.device.type, enabled=False):
-            scores = torch.baddbmm(query.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
-            probabilities = torch.softmax(scores, dim=-1)
-            out = torch.bmm(probabilities, v)
+            out, probabilities = attend(q, k, v, scale)
         ctx.save_for_backward(q, k, v, probabilities)
         ctx.num_heads, ctx.scale = num_heads, scale
         return out.view(batch, num_heads, queries, head_dim).transpose(1, 2).reshape(batch, queries, width)
@@ -53,13 +52,8 @@ class _CrossAttentionByProducts(torch.autograd.Function):
         heads, batch = ctx.num_heads, products // ctx.num_heads
         with torch.autocast(q.device.type, enabled=False):
             grad_out = grad_out.view(batch, queries, heads, head_dim).transpose(1, 2).reshape(q.shape)
-            grads = k.new_empty(2, products, tokens, head_dim)
-            torch.bmm(probabilities.transpose(1, 2), grad_out, out=grads[1])
-            grad_scores = torch._softmax_backward_data(
-                torch.bmm(grad_out, v.transpose(1, 2)), probabilities, -1, probabilities.dtype
-            )
-            grad_q = torch.baddbmm(q.new_empty(()), grad_scores, k, beta=0, alpha=ctx.scale)
-            torch.baddbmm(grads[0], grad_scores.transpose(1, 2), q, beta=0, alpha=ctx.scale, out=grads[0])
+            grads, grad_q = k.new_empty(2, products, tokens, head_dim), torch.empty_like(q)
+            write_gradients((grad_q, grads[0], grads[1]), grad_out, q, k, v, probabilities, ctx.scale)
         grad_q = grad_q.view(batch, heads, queries, head_dim).transpose(1, 2)
         grad_kv = grads.view(2, batch, heads, tokens, head_dim).permute(1, 3, 0, 2, 4)
         return grad_q.reshape(batch, queries, -1), grad_kv.reshape(batch, tokens, -1), None, None

@@ -22,8 +22,6 @@ ONEDNN_HAS_BF16: bool = (  # a constant, which compiled graphs can be made with
     hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 )
 FLOAT32: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def has_bf16_products() -> bool:
@@ -215,94 +213,3 @@ class MLPInFloat32(Function):
             found.to(dtype) if wants else None for found, dtype, wants in zip(sums, ctx.dtypes, wanted, strict=True)
         )
         return grad_x if wants_x else None, *grads_of_parameters
-
-
-class SelfAttentionInFloat32(Function):
-    """softmax(Q K^T / sqrt(d)) V of the last queries of (B, N, 3 x width) in bf16, fused, some images at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, num_heads: int, last: int) -> Tensor:
-        """(B, last, width)."""
-        batch, tokens, width = qkv.shape
-        out = qkv.new_empty(batch, last, width // 3)
-        ctx.sizes = num_heads, last
-        queries, *others = qkv.view(batch, tokens, 3, num_heads, width // (3 * num_heads)).unbind(2)
-        sums = _attend(out, queries[:, -last:], *others)
-        ctx.save_for_backward(qkv, out, *sums)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient of `qkv`."""
-        qkv, out, *sums = ctx.saved_tensors
-        num_heads, last = ctx.sizes
-        grad = torch.empty_like(qkv)
-        heads = (*qkv.shape[:2], 3, num_heads, qkv.shape[2] // (3 * num_heads))
-        (queries, *others), (grad_queries, *other_grads) = qkv.view(heads).unbind(2), grad.view(heads).unbind(2)
-        grad_queries[:, :-last] = 0  # of tokens that do not ask
-        _attend_backward(grad_out, out, sums, [queries[:, -last:], *others], [grad_queries[:, -last:], *other_grads])
-        return grad, None, None
-
-
-class CrossAttentionInFloat32(Function):
-    """softmax(Q K^T / sqrt(d)) V for queries (B, M, width), keys and values (B, N, 2 x width) in bf16."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
-        """(B, M, width)."""
-        out = torch.empty_like(query)
-        ctx.num_heads = num_heads
-        heads = num_heads, query.shape[-1] // num_heads
-        key_values = key_value.view(*key_value.shape[:2], 2, *heads).unbind(2)
-        sums = _attend(out, query.view(*query.shape[:2], *heads), *key_values)
-        ctx.save_for_backward(query, key_value, out, *sums)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Gradients of `query` and `key_value`."""
-        query, key_value, out, *sums = ctx.saved_tensors
-        factors: list[Tensor] = []
-        grads: list[Tensor] = []
-        grad_query, grad_key_value = torch.empty_like(query), torch.empty_like(key_value)
-        for source, grad in ((query, grad_query), (key_value, grad_key_value)):
-            parts = source.shape[-1] // query.shape[-1]
-            heads = (*source.shape[:2], parts, ctx.num_heads, query.shape[-1] // ctx.num_heads)
-            factors += source.view(heads).unbind(2)
-            grads += grad.view(heads).unbind(2)
-        _attend_backward(grad_out, out, sums, factors, grads)
-        return grad_query, grad_key_value, None
-
-
-def _rows_in_float32(x: Tensor) -> Tensor:
-    """In float32, contiguous: the kernels take the last axis to be."""
-    return x.to(torch.float32, memory_format=torch.contiguous_format)
-
-
-def _attend(out: Tensor, *factors: Tensor) -> list[Tensor]:
-    """Write the attention of queries, keys and values (B, tokens, heads, d); the log-sums of its exponentials."""
-    size = piece_size(len(out), max(factor.shape[1:].numel() for factor in factors))
-    sums = []
-    with torch.autocast("cpu", enabled=False):
-        for out_, *parts in zip(*(t.split(size) for t in (out, *factors)), strict=True):
-            found, log_sums = _flash(*(_rows_in_float32(part).transpose(1, 2) for part in parts))
-            out_.copy_(found.transpose(1, 2).flatten(2))
-            sums.append(log_sums)
-    return sums
-
-
-def _attend_backward(
-    grad_out: Tensor, out: Tensor, sums: list[Tensor], factors: list[Tensor], grads: list[Tensor]
-) -> None:
-    """Write the gradients of queries, keys and values."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(NOT_TWICE.format("attention"))
-    size = piece_size(len(out), max(factor.shape[1:].numel() for factor in factors))
-    heads = factors[0].shape
-    split = zip(*(t.split(size) for t in (grad_out.view(heads), out.view(heads), *factors, *grads)), strict=True)
-    with torch.autocast("cpu", enabled=False):
-        for parts, log_sums in zip(split, sums, strict=True):
-            grad, found, q, k, v = (_rows_in_float32(part).transpose(1, 2) for part in parts[:5])
-            results = _flash_backward(grad, q, k, v, found, log_sums, 0.0, False)
-            for place, result in zip(parts[5:], results, strict=True):
-                place.copy_(result.transpose(1, 2))

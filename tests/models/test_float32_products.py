@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from masklr.layers import DropConnectLinear, LowRankLinear
-from masklr.models import Classifier, MaskedAutoencoder
+from masklr.models import Classifier, MaskedAutoencoder, attention_in_float32
 from masklr.models import float32_products as module
 from masklr.models.attention import FastAttention, accelerate
 from masklr.models.cross_decoder import CrossAttention
@@ -192,6 +192,13 @@ LAYERS = {
 }
 
 
+@pytest.fixture(params=[0, 48 * 48], ids=["fused", "products"])
+def either_attention(request, monkeypatch):
+    """Attention by the fused kernel, and by batched products."""
+    monkeypatch.setattr(attention_in_float32, "MAX_PAIRS_BY_PRODUCTS", request.param)
+    return "fused" if request.param == 0 else "products"
+
+
 def twins(name):
     theirs, ours, call, function = LAYERS[name]
     torch.manual_seed(0)
@@ -210,6 +217,7 @@ def output_and_gradients(function, layer, x, wanted=None):
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
 
 
+@pytest.mark.usefixtures("either_attention")
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("piece", [1, 500, 2**20])
 @pytest.mark.parametrize("autocast", [True, False])
@@ -232,6 +240,7 @@ def test_output_and_gradients_are_nearer_to_the_truth_than_those_of_bf16(name, p
         assert error < 1.1 * other_error
 
 
+@pytest.mark.usefixtures("either_attention")
 @pytest.mark.parametrize("name", LAYERS)
 def test_transposed_inputs(name):
     theirs, ours, call, _ = twins(name)
@@ -258,6 +267,20 @@ def test_parameters_in_bf16_are_served_without_gradients_and_with_listeners_too(
         torch.testing.assert_close(call(ours, x), expected, rtol=0.02, atol=0.05)
 
 
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize(("tokens", "kernel"), [(48, False), (49, True)])
+def test_short_sequences_attend_by_products_and_others_by_the_fused_kernel(cross, tokens, kernel):
+    layer = CrossAttention(24, context_dim=24, num_heads=3) if cross else twins("attention")[1]
+    x = torch.randn(2, tokens, 24, requires_grad=True)
+    with Recorded() as recorded, bf16():
+        (layer(x, torch.randn(2, 48, 24)) if cross else layer(x)).sum().backward()
+    recorded.assert_in_float32()
+    names = {name for name, _ in recorded.found}
+    forward = "_scaled_dot_product_flash_attention_for_cpu"
+    assert names >= ({forward, f"{forward}_backward"} if kernel else {"bmm", "baddbmm"})
+    assert not names & ({"bmm", "baddbmm"} if kernel else {forward, f"{forward}_backward"})
+
+
 def test_masks_of_attention_in_bf16():
     theirs, ours, _, _ = twins("attention")
     x, mask = torch.randn(2, 5, 24), torch.randn(5, 5).bfloat16()
@@ -265,6 +288,7 @@ def test_masks_of_attention_in_bf16():
         torch.testing.assert_close(ours(x, attn_mask=mask), theirs(x, attn_mask=mask), rtol=0.02, atol=0.05)
 
 
+@pytest.mark.usefixtures("either_attention")
 def test_cross_attention_is_nearer_to_the_truth_in_any_pieces(monkeypatch):
     torch.manual_seed(0)
     layer = CrossAttention(24, context_dim=20, num_heads=3)
@@ -281,6 +305,7 @@ def test_cross_attention_is_nearer_to_the_truth_in_any_pieces(monkeypatch):
             assert (ours.double() - true).norm() < 0.01 * true.norm()
 
 
+@pytest.mark.usefixtures("either_attention")
 @pytest.mark.parametrize("last", [1, 5])
 def test_only_the_last_tokens_ask(last):
     _, ours, _, _ = twins("attention")
@@ -312,6 +337,7 @@ def test_frozen_parts_get_no_gradient_and_the_others_theirs(name):
     assert leaf.grad.abs().sum() > 0
 
 
+@pytest.mark.usefixtures("either_attention")
 @pytest.mark.parametrize("name", LAYERS)
 def test_second_derivative_is_right_under_the_math_kernel_and_an_error_elsewhere(name):
     _, ours, call, _ = twins(name)
