@@ -36,7 +36,6 @@ def new_run_folder(runs: Path, name: str, command: str) -> Path:
     prefix = "version" if command == "fit" else command
     parent = runs / name
     try:
-        parent.mkdir(parents=True, exist_ok=True)
         taken = [path.name.removeprefix(f"{prefix}_") for path in parent.glob(f"{prefix}_*")]
         number = 1 + max((int(suffix) for suffix in taken if suffix.isdecimal()), default=-1)
         while True:

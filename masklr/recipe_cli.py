@@ -24,6 +24,7 @@ import masklr.callbacks
 import masklr.data
 import masklr.tasks  # noqa: F401 (imported so that recipes can use short class names)
 from masklr.callbacks import FreedMemory, NonFinite, Peers, RunCheckpoint, RunState, StepProgress, StepSeed, StepTiming
+from masklr.callbacks.features import averages_weights
 from masklr.callbacks.peers import is_loss_of_a_peer, leave_peers
 from masklr.callbacks.predictions import PredictionWriter
 from masklr.callbacks.recording import written_whole
@@ -73,6 +74,7 @@ class RecipeCLI(LightningCLI):
         self._command = arguments[0]
         self.run_folder: Path
         self.lock: RunLock | None = None
+        self._step = 0  # of the checkpoint that is measured
         folder, arguments = without_resume(arguments)
         self.resumed = None if folder is None else ResumedRun(Path(folder), arguments[1:])
         if self.resumed is not None:
@@ -155,6 +157,8 @@ class RecipeCLI(LightningCLI):
                 raise ValueError(
                     f"Expected `ckpt_path` to be a checkpoint of a run, got {checkpoint}, which has no {entry!r}."
                 )
+        if self._command != "fit" and isinstance(step := content.get("global_step"), int):
+            self._step = step
         options.ckpt_path = str(checkpoint)
 
     def instantiate_classes(self) -> None:
@@ -193,7 +197,8 @@ class RecipeCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
         kwargs["default_root_dir"] = str(folder)
-        callbacks = list(trainer.callbacks or [])
+        # What averages weights comes first, so that what measures at the end of training finds the average.
+        callbacks = sorted(trainer.callbacks or [], key=lambda callback: not averages_weights(callback))
         given = tuple(type(callback) for callback in callbacks)
         if not any(issubclass(kind, StepSeed) for kind in given):
             callbacks.append(StepSeed())
@@ -228,6 +233,14 @@ class RecipeCLI(LightningCLI):
         if isinstance(self.datamodule, ImageData) and not tensor_parallel:  # those share the data otherwise
             num_ranks = trainer.num_devices * trainer.num_nodes
             rank_batch_size(self.datamodule.batch_size, num_ranks, trainer.accumulate_grad_batches)
+
+    def before_validate(self) -> None:
+        """Let what is measured stand at the step of the checkpoint; Lightning would have it stand at 0."""
+        loop = self.trainer.fit_loop.epoch_loop
+        loop.automatic_optimization.optim_progress.optimizer.step.total.completed = self._step
+        loop.manual_optimization.optim_step_progress.total.completed = self._step
+
+    before_test = before_validate
 
     def after_fit(self) -> None:
         """Show what the run found."""
@@ -271,7 +284,8 @@ def _run(arguments: list[str]) -> Path:
     except BaseException as error:
         _finish_wandb(exit_code=2)
         folder, trainer = getattr(cli, "run_folder", None), getattr(cli, "trainer", None)
-        fresh = getattr(cli, "resumed", None) is None and (trainer is None or trainer.global_step == 0)
+        began = arguments[0] == "fit" and trainer is not None and trainer.global_step > 0
+        fresh = getattr(cli, "resumed", None) is None and not began
         if fresh and folder is not None and folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # other runs are beside it
@@ -315,6 +329,7 @@ def _quiet() -> None:
         ".*is smaller than the logging interval.*",  # recipes count steps, not epochs
         ".*is not supported by the model summary.*",
         ".*callbacks used to create the checkpoint need to be provided.*",  # measuring one needs fewer
+        ".*WeightAveraging callback, but loading a checkpoint outside the 'fit' stage.*",  # its weights are the average
     ):
         warnings.filterwarnings("ignore", message)
     noise = ("Tip:", "TPU available")

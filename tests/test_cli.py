@@ -126,12 +126,14 @@ def test_checkpoint_of_a_run_is_measured_with_its_config(
     folder = tmp_path / "pretrain_digits" / f"{command}_0"
     assert capsys.readouterr().out.endswith(f"run: {folder}\n")
     (value,) = [float(row[key]) for row in metrics(folder) if row.get(key)]
+    assert steps_of(folder, key) == [8], "not at the checkpoint's step"
     if command == "validate":
         last = [row["val/loss"] for row in metrics(run_folder) if row.get("val/loss")][-1]
         assert value == pytest.approx(float(last), rel=1e-6)
         accuracy = [row["probe/norm/accuracy"] for row in metrics(run_folder) if row.get("probe/norm/accuracy")][-1]
         (probed,) = [float(row["probe/norm/accuracy"]) for row in metrics(folder) if row.get("probe/norm/accuracy")]
         assert probed == pytest.approx(float(accuracy))
+        assert steps_of(folder, "probe/norm/accuracy") == [8]
 
 
 def test_folder_of_a_run_means_its_newest_sound_checkpoint(run_folder: Path, tmp_path: Path, caplog) -> None:

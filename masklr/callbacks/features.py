@@ -101,11 +101,15 @@ def evaluation(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[N
         yield
 
 
+def averages_weights(callback: pl.Callback) -> bool:
+    """Whether it is Lightning's `WeightAveraging` (or `EMAWeightAveraging`)."""
+    return isinstance(callback, getattr(pl.callbacks, "WeightAveraging", ()))  # not before Lightning 2.6
+
+
 def weight_averaging(trainer: pl.Trainer) -> Any:
-    """Lightning's `WeightAveraging` (or `EMAWeightAveraging`) among the trainer's callbacks; None if there is none."""
-    kind = getattr(pl.callbacks, "WeightAveraging", ())  # not before Lightning 2.6
+    """The callback among the trainer's that averages weights; None if there is none."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+    return next(filter(averages_weights, callbacks), None)
 
 
 @contextmanager

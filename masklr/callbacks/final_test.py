@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 
-from masklr.callbacks.features import element, evaluation
+from masklr.callbacks.features import averages_weights, element, evaluation
 from masklr.callbacks.recording import Recording
 
 
@@ -16,17 +16,18 @@ class FinalTest(pl.Callback):
     """Measure a classifier on the test split after the last step of training, and never before.
 
     The weights are those of the last step, or their running average where Lightning's `WeightAveraging` (or
-    `EMAWeightAveraging`) stands before this callback: no checkpoint is chosen by what is measured. Logs
-    `test/accuracy`, a share in [0, 1], and `test/loss`, the cross-entropy, of what `forward` returns for the images of
-    the data module's `test_dataloader()`; of all, unless the trainer's `limit_test_batches` says less. The split is
-    opened, and decoded if it lives in memory, before training, so that one that is missing is found then.
+    `EMAWeightAveraging`) is a callback too: no checkpoint is chosen by what is measured. Logs `test/accuracy`, a share
+    in [0, 1], and `test/loss`, the cross-entropy, of what `forward` returns for the images of the data module's
+    `test_dataloader()`; of all, unless the trainer's `limit_test_batches` says less. The split is opened, and decoded
+    if it lives in memory, before training, so that one that is missing is found then.
 
     Args:
         inputs: Where a batch has its images: an index or a key.
         labels: Where a batch has its class indices.
 
     Raises:
-        ValueError: There is no data module with one test loader; found before training begins.
+        ValueError: There is no data module with one test loader, or weights are averaged by a callback after this one
+            (the command line puts it first); found before training begins.
     """
 
     def __init__(self, inputs: int | str = 0, labels: int | str = 1) -> None:
@@ -35,6 +36,10 @@ class FinalTest(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """See that there is something to test on, before training begins."""
         if stage == "fit":
+            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            for callback in filter(averages_weights, callbacks[callbacks.index(self) :]):
+                # It puts the average in place when training ends, which is then measured already.
+                raise ValueError(f"Expected `{type(callback).__name__}` before `FinalTest` among the callbacks.")
             self._recording = Recording(trainer, "final_test")
             loader = self._test_dataloader(trainer)()
             if isinstance(loader, Sequence | Mapping):

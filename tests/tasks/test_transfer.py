@@ -239,30 +239,59 @@ def test_run_that_began_from_timms_weights_downloads_nothing(pretrained, tmp_pat
     assert torch.equal(model.backbone.norm.weight, weights_of(pretrained)["norm.weight"])
 
 
-@pytest.mark.parametrize("name", ["finetune_cifar10", "scratch_cifar10", "probe_cifar10"])
+def test_final_test_before_what_averages_weights_is_refused_before_training(
+    pretrained, make_trainer, make_digits, tmp_path
+):
+    task = make(classifier(pretrained))
+    callbacks = [FinalTest(), pl.callbacks.EMAWeightAveraging()]
+    with pytest.raises(ValueError, match="Expected `EMAWeightAveraging` before `FinalTest` among the callbacks"):
+        make_trainer(tmp_path, max_steps=1, callbacks=callbacks).fit(task, make_digits())
+    assert task.trainer.global_step == 0
+
+
+RECIPES = [
+    "finetune_cifar10",
+    "scratch_cifar10",
+    "probe_cifar10",
+    "finetune_cifar10_patch2",
+    "scratch_cifar10_patch2",
+]
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
 def test_recipe_goes_from_a_pretraining_run_to_its_test_accuracy_in_one_command(
-    pretrained, tmp_path, name, request, capsys
+    pretrained, tmp_path, name, averaged, request
 ):
     root = request.config.rootpath
     recipe = yaml.safe_load((root / "configs" / f"{name}.yaml").read_text())
     recipe["data"] = {"class_path": "masklr.data.Digits", "init_args": {"batch_size": 128}}
     recipe["model"]["init_args"] |= {"mean": [0.305], "std": [0.376]}
     options = recipe["model"]["init_args"]["model"]["init_args"]
-    if name == "scratch_cifar10":
+    if name.startswith("scratch"):
         options |= {"image_size": 8, "patch_size": 2, "in_chans": 1}
-        options["backbone_args"] |= SIZES
+        options["backbone_args"] = options.get("backbone_args", {}) | SIZES
     else:
         options["backbone"] = str(pretrained)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     arguments = ["fit", "--config", str(tmp_path / "recipe.yaml"), "--runs", str(tmp_path / "runs"), "--wandb", "off"]
     short = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-    assert main([*arguments, *short, *quiet, "--trainer.check_val_every_n_epoch", "1"]) == 0
-    found = series(tmp_path / "runs" / name / "version_0")
+    average = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"] if averaged else []
+    assert main([*arguments, *average, *short, *quiet, "--trainer.check_val_every_n_epoch", "1"]) == 0
+    run = tmp_path / "runs" / name / "version_0"
+    found = series(run)
     steps = 2 * (1294 // 128)
     assert [step for step, _ in found["test/accuracy"]] == [steps]
     assert [step for step, _ in found["val/accuracy"]] == [0, steps // 2, steps]
     assert 0.05 < found["test/accuracy"][0][1] <= 1
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert ("averaging_state" in checkpoint) == averaged
+    tested = ["test", "--config", str(run / "config.yaml"), "--ckpt_path", str(run), *quiet]
+    assert main(tested) == 0  # the checkpoint has the weights that were tested
+    again = series(tmp_path / "runs" / name / "test_0")
+    assert again["test/accuracy"] == [(steps, pytest.approx(found["test/accuracy"][0][1], abs=1e-6))]
+    assert again["test/loss"] == [(steps, pytest.approx(found["test/loss"][0][1], rel=1e-5))]
 
 
 def bad(pretrained, tmp_path):
