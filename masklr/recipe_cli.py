@@ -23,7 +23,18 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 import masklr.callbacks
 import masklr.data
 import masklr.tasks  # noqa: F401 (imported so that recipes can use short class names)
-from masklr.callbacks import FreedMemory, NonFinite, Peers, RunCheckpoint, RunState, StepProgress, StepSeed, StepTiming
+from masklr.callbacks import (
+    FinalTest,
+    FreedMemory,
+    NonFinite,
+    Peers,
+    Probe,
+    RunCheckpoint,
+    RunState,
+    StepProgress,
+    StepSeed,
+    StepTiming,
+)
 from masklr.callbacks.features import averages_weights
 from masklr.callbacks.peers import is_loss_of_a_peer, leave_peers
 from masklr.callbacks.predictions import PredictionWriter
@@ -197,8 +208,7 @@ class RecipeCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
         kwargs["default_root_dir"] = str(folder)
-        # What averages weights comes first, so that what measures at the end of training finds the average.
-        callbacks = sorted(trainer.callbacks or [], key=lambda callback: not averages_weights(callback))
+        callbacks = sorted(trainer.callbacks or [], key=_place)
         given = tuple(type(callback) for callback in callbacks)
         if not any(issubclass(kind, StepSeed) for kind in given):
             callbacks.append(StepSeed())
@@ -237,6 +247,7 @@ class RecipeCLI(LightningCLI):
     def before_validate(self) -> None:
         """Let what is measured stand at the step of the checkpoint; Lightning would have it stand at 0."""
         loop = self.trainer.fit_loop.epoch_loop
+        loop._batches_that_stepped = max(self._step - 1, 0)  # where `self.log` of a module of one's own stands in `fit`
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = self._step
         loop.manual_optimization.optim_step_progress.total.completed = self._step
 
@@ -262,7 +273,7 @@ class RecipeCLI(LightningCLI):
 
 
 def run(arguments: list[str]) -> Path:
-    """Run a command line; returns the run's folder. A run that fails before its first step leaves none behind."""
+    """Run a command line; returns the run's folder. One that fails leaves none, unless it has trained a step."""
     _quiet()
     try:
         folder = _run(arguments)
@@ -284,8 +295,8 @@ def _run(arguments: list[str]) -> Path:
     except BaseException as error:
         _finish_wandb(exit_code=2)
         folder, trainer = getattr(cli, "run_folder", None), getattr(cli, "trainer", None)
-        began = arguments[0] == "fit" and trainer is not None and trainer.global_step > 0
-        fresh = getattr(cli, "resumed", None) is None and not began
+        has_trained = arguments[0] == "fit" and trainer is not None and trainer.global_step > 0
+        fresh = getattr(cli, "resumed", None) is None and not has_trained
         if fresh and folder is not None and folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # other runs are beside it
@@ -312,6 +323,11 @@ def _run(arguments: list[str]) -> Path:
             lock.release()
     _finish_wandb(exit_code=0)
     return cli.run_folder
+
+
+def _place(callback: pl.Callback) -> int:
+    """What averages weights acts after what observes those that are trained, and before what tests the average."""
+    return 2 if isinstance(callback, FinalTest | Probe) else int(averages_weights(callback))
 
 
 def _say_how_to_go_on(folder: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from PIL import Image
@@ -134,6 +135,41 @@ def test_checkpoint_of_a_run_is_measured_with_its_config(
         (probed,) = [float(row["probe/norm/accuracy"]) for row in metrics(folder) if row.get("probe/norm/accuracy")]
         assert probed == pytest.approx(float(accuracy))
         assert steps_of(folder, "probe/norm/accuracy") == [8]
+
+
+class Logging(pl.LightningModule):
+    """A module of one's own, whose metrics Lightning places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch: object, batch_idx: int) -> torch.Tensor:
+        return self.layer(torch.ones(1, 1)).square().sum()
+
+    def validation_step(self, batch: object, batch_idx: int) -> None:
+        self.log("val/one", 1.0)
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_metrics_of_a_module_of_ones_own_stand_where_they_stood_in_training(command: str, tmp_path: Path) -> None:
+    recipe = {
+        "name": "own",
+        "trainer": {"accelerator": "cpu", "max_steps": 6, "val_check_interval": 6, "num_sanity_val_steps": 0},
+        "model": {"class_path": f"{__name__}.Logging"},
+        "data": {"class_path": "masklr.data.Digits", "init_args": {"batch_size": 64}},
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = [f"--config={tmp_path / 'own.yaml'}", f"--runs={tmp_path}", "--wandb=off"]
+    assert main(["fit", *arguments]) == 0
+    assert main([command, *arguments, f"--ckpt_path={tmp_path / 'own' / 'version_0'}"]) == 0
+    trained, measured = (steps_of(tmp_path / "own" / folder, "val/one") for folder in ("version_0", f"{command}_0"))
+    assert trained == measured == [5]
 
 
 def test_folder_of_a_run_means_its_newest_sound_checkpoint(run_folder: Path, tmp_path: Path, caplog) -> None:

@@ -27,7 +27,7 @@ class FinalTest(pl.Callback):
 
     Raises:
         ValueError: There is no data module with one test loader, or weights are averaged by a callback after this one
-            (the command line puts it first); found before training begins.
+            (the command line sees to the order); found before training begins.
     """
 
     def __init__(self, inputs: int | str = 0, labels: int | str = 1) -> None:

@@ -1,4 +1,4 @@
-"""Masks of weights: as many as there are weights, or that times the samples, and so drawn fast."""
+"""Masks of weights: one entry for each, or for each and each sample, so many that a faster generator draws them."""
 
 import functools
 import math

@@ -1,6 +1,6 @@
 """Attention in bf16 on CPUs that have no products in bf16: kept in bf16, computed in float32, some images at a time.
 
-Short sequences by batched products, others by PyTorch's fused kernel.
+Short sequences by batched products, whose probabilities are kept in float32; others by PyTorch's fused kernel.
 """
 
 from typing import Any
@@ -13,14 +13,15 @@ from masklr.models.attention_products import attend, write_gradients
 from masklr.models.float32_products import piece_size
 from masklr.models.own_gradients import NOT_TWICE
 
-# Largest number of queries x keys for which batched products beat the fused kernel, as in `masklr.models.attention`.
+# Largest number of queries x keys for which batched products are taken, as of float32 in `masklr.models.cross_decoder`:
+# at 17 x 17 a whole step gains 1 to 9 %, at 65 x 65 nothing (2 cores, AVX2).
 MAX_PAIRS_BY_PRODUCTS = 48 * 48
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class SelfAttentionInFloat32(Function):
-    """softmax(Q K^T / sqrt(d)) V of the last queries of (B, N, 3 x width) in bf16, fused, some images at a time."""
+    """softmax(Q K^T / sqrt(d)) V of the last queries of (B, N, 3 x width) in bf16, some images at a time."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, num_heads: int, last: int) -> Tensor:
@@ -29,20 +30,20 @@ class SelfAttentionInFloat32(Function):
         out = qkv.new_empty(batch, last, width // 3)
         ctx.sizes = num_heads, last
         queries, *others = qkv.view(batch, tokens, 3, num_heads, width // (3 * num_heads)).unbind(2)
-        sums = _attend(out, queries[:, -last:], *others)
-        ctx.save_for_backward(qkv, out, *sums)
+        kept = _attend(out, queries[:, -last:], *others)
+        ctx.save_for_backward(qkv, out, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
         """The gradient of `qkv`."""
-        qkv, out, *sums = ctx.saved_tensors
+        qkv, out, *kept = ctx.saved_tensors
         num_heads, last = ctx.sizes
         grad = torch.empty_like(qkv)
         heads = (*qkv.shape[:2], 3, num_heads, qkv.shape[2] // (3 * num_heads))
         (queries, *others), (grad_queries, *other_grads) = qkv.view(heads).unbind(2), grad.view(heads).unbind(2)
         grad_queries[:, :-last] = 0  # of tokens that do not ask
-        _attend_backward(grad_out, out, sums, [queries[:, -last:], *others], [grad_queries[:, -last:], *other_grads])
+        _attend_backward(grad_out, out, kept, [queries[:, -last:], *others], [grad_queries[:, -last:], *other_grads])
         return grad, None, None
 
 
@@ -56,14 +57,14 @@ class CrossAttentionInFloat32(Function):
         ctx.num_heads = num_heads
         heads = num_heads, query.shape[-1] // num_heads
         key_values = key_value.view(*key_value.shape[:2], 2, *heads).unbind(2)
-        sums = _attend(out, query.view(*query.shape[:2], *heads), *key_values)
-        ctx.save_for_backward(query, key_value, out, *sums)
+        kept = _attend(out, query.view(*query.shape[:2], *heads), *key_values)
+        ctx.save_for_backward(query, key_value, out, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of `query` and `key_value`."""
-        query, key_value, out, *sums = ctx.saved_tensors
+        query, key_value, out, *kept = ctx.saved_tensors
         factors: list[Tensor] = []
         grads: list[Tensor] = []
         grad_query, grad_key_value = torch.empty_like(query), torch.empty_like(key_value)
@@ -72,7 +73,7 @@ class CrossAttentionInFloat32(Function):
             heads = (*source.shape[:2], parts, ctx.num_heads, query.shape[-1] // ctx.num_heads)
             factors += source.view(heads).unbind(2)
             grads += grad.view(heads).unbind(2)
-        _attend_backward(grad_out, out, sums, factors, grads)
+        _attend_backward(grad_out, out, kept, factors, grads)
         return grad_query, grad_key_value, None
 
 
@@ -92,14 +93,17 @@ def _write_heads(place: Tensor, x: Tensor) -> None:
 
 
 def _rows_in_float32(x: Tensor) -> Tensor:
-    """The same in float32 as (B, heads, tokens, d), contiguous before: the fused kernels take the last axis to be."""
+    """(B, tokens, heads, d) in float32 as (B, heads, tokens, d).
+
+    Made contiguous before the transpose: the fused kernels assume that the last axis is.
+    """
     return x.to(torch.float32, memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _attend(out: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> list[Tensor]:
     """Write the attention of queries, keys and values (B, tokens, heads, d).
 
-    Returns what the backward pass needs of each piece: probabilities, or the log-sums of their exponentials.
+    Returns what the backward pass needs of each piece: probabilities, or the log-kept of their exponentials.
     """
     size = piece_size(len(out), max(factor.shape[1:].numel() for factor in (queries, keys, values)))
     kept = []

@@ -17,7 +17,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 def write_gradients(
     grads: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, scale: float
 ) -> None:
-    """Write those of queries, keys and values, where `kept` are the probabilities."""
+    """Write the gradients of queries, keys and values; `kept` are the probabilities that `attend` returned."""
     grad_q, grad_k, grad_v = grads
     torch.bmm(kept.transpose(1, 2), grad_out, out=grad_v)
     grad_scores = torch.bmm(grad_out, v.transpose(1, 2))

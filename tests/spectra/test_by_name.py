@@ -4,16 +4,10 @@ import torch
 from masklr.spectra import (
     MEASURES,
     measures,
-    null_singular_values,
     participation_ratio,
     stable_rank,
 )
 from tests.spectra.examples import PRINTED
-
-
-def test_null_spectrum_without_samples_raises():
-    with pytest.raises(ValueError, match="at least 2"):
-        null_singular_values(1, 4, centered=True)
 
 
 def test_measures_by_name_are_the_functions_in_the_order_asked_for():

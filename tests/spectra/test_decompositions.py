@@ -181,3 +181,8 @@ def test_null_spectrum_is_kept_but_not_shared_and_touches_no_generator():
 
 def test_null_spectrum_of_a_million_samples_is_nearly_flat():
     assert effective_rank(null_singular_values(10**6, 64)).item() == pytest.approx(64, rel=1e-4)
+
+
+def test_null_spectrum_without_samples_raises():
+    with pytest.raises(ValueError, match="at least 2"):
+        null_singular_values(1, 4, centered=True)

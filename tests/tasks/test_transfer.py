@@ -281,6 +281,12 @@ def test_recipe_goes_from_a_pretraining_run_to_its_test_accuracy_in_one_command(
     assert main([*arguments, *average, *short, *quiet, "--trainer.check_val_every_n_epoch", "1"]) == 0
     run = tmp_path / "runs" / name / "version_0"
     found = series(run)
+    if averaged and name == "finetune_cifar10":  # weights are measured as they are trained, at the last step too
+        assert main([*arguments, *short, *quiet, "--trainer.check_val_every_n_epoch", "1"]) == 0
+        plain = series(run.with_name("version_1"))
+        assert len(plain["weight/mean/frobenius_norm"]) == 2
+        assert found["weight/mean/frobenius_norm"] == plain["weight/mean/frobenius_norm"]
+        assert found["test/loss"] != plain["test/loss"]
     steps = 2 * (1294 // 128)
     assert [step for step, _ in found["test/accuracy"]] == [steps]
     assert [step for step, _ in found["val/accuracy"]] == [0, steps // 2, steps]

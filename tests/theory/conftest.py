@@ -43,6 +43,17 @@ def second_moment(draw):
 
 
 @pytest.fixture(scope="session")
+def roots():
+    """C^(1/2) of a second moment C."""
+
+    def root(C):
+        eigenvalues, vectors = torch.linalg.eigh(C)
+        return (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
+
+    return root
+
+
+@pytest.fixture(scope="session")
 def minimum():
     """The lowest value that L-BFGS finds from several random starts, and the tensors where it is."""
 

@@ -15,12 +15,6 @@ from masklr.theory import (
 )
 
 
-def roots(C):
-    """C^(1/2)."""
-    eigenvalues, vectors = torch.linalg.eigh(C)
-    return (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
-
-
 def masked_excess(weights, masks, chances, C):
     """Expectation of E|f(x)|^2 over masks of every layer (batched over the first axis), minus that without masks."""
     product = torch.eye(weights[0].shape[1], dtype=torch.float64)
@@ -84,7 +78,7 @@ def test_t8_deep_dropout_penalty_is_the_expectation_over_all_masks(draw, second_
 @settings(max_examples=40, deadline=None)
 @given(widths=st.lists(st.integers(1, 6), min_size=1, max_size=3), p=st.floats(0.01, 0.95), seed=st.integers(0, 99))
 def test_t8_deep_dropout_penalty_is_at_least_the_factor_times_the_squared_nuclear_norm(
-    draw, second_moment, widths, p, seed
+    draw, second_moment, roots, widths, p, seed
 ):
     sizes = [3, *widths, 4]
     weights = [draw(b, a, seed=seed + i) for i, (a, b) in enumerate(pairwise(sizes))]

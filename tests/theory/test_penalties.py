@@ -21,12 +21,6 @@ from masklr.theory import (
 PROBABILITIES = [0.1, 0.5, 0.9]
 
 
-def roots(C):
-    """C^(1/2)."""
-    eigenvalues, vectors = torch.linalg.eigh(C)
-    return (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
-
-
 def expected_loss(U, V, C, masks, chances, target):
     """Expectation of E|target x - U diag(mask) V^T x|^2 over the given masks."""
     errors = target - (U * masks[:, None]) @ V.T
@@ -116,7 +110,7 @@ def test_t1_gaussian_masks_of_the_same_variance_have_the_penalty_of_dropout(prob
     torch.testing.assert_close(dropout_penalty(U, V, p, C), expected, rtol=1e-10, atol=0)
 
 
-def test_special_cases_of_two_layers_agree(problem):
+def test_special_cases_of_two_layers_agree(problem, roots):
     U, V, C, _ = problem
     p, identity = 0.3, torch.eye(6, dtype=torch.float64)
     dropout = dropout_penalty(U, V, p, C)
