@@ -103,7 +103,7 @@ def _rows_in_float32(x: Tensor) -> Tensor:
 def _attend(out: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> list[Tensor]:
     """Write the attention of queries, keys and values (B, tokens, heads, d).
 
-    Returns what the backward pass needs of each piece: probabilities, or the log-kept of their exponentials.
+    Returns what the backward pass needs of each piece: probabilities, or logarithms of the sums of exponentials.
     """
     size = piece_size(len(out), max(factor.shape[1:].numel() for factor in (queries, keys, values)))
     kept = []
