@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -38,7 +36,6 @@ from masklr.callbacks import (
 from masklr.callbacks.features import averages_weights
 from masklr.callbacks.peers import is_loss_of_a_peer, leave_peers
 from masklr.callbacks.predictions import PredictionWriter
-from masklr.callbacks.recording import written_whole
 from masklr.checkpoint_files import sound_checkpoint
 from masklr.checkpoints import WholeCheckpointIO, read
 from masklr.cli import sentence_of
@@ -46,36 +43,9 @@ from masklr.data.loading import ImageData, rank_batch_size
 from masklr.loggers import RunLock, new_run_folder, process_rank, run_loggers
 from masklr.recipe_parser import RecipeParser, check_recipes
 from masklr.resumed_run import ResumedRun, without_resume
+from masklr.saved_recipe import SaveRecipe
 from masklr.strategies import FullyShard
 from masklr.summary import summary
-
-
-class SaveRecipe(SaveConfigCallback):
-    """Write the recipe with all its values into the run's folder and into wandb's config."""
-
-    resumed: ResumedRun | None = None
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write the recipe of a new run at once."""
-        if self.resumed is None:
-            super().setup(trainer, pl_module, stage)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write that of a resumed run once its checkpoint was taken: options that do not fit leave it as it was."""
-        if self.resumed is not None and trainer.is_global_zero:
-            self.save_config(trainer, pl_module, "fit")
-
-    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write `config.yaml`, whole or not at all; called on rank 0."""
-        text = self.parser.dump(self.config, skip_none=False)
-        folder = Path(trainer.default_root_dir)
-        if self.resumed is not None:
-            text = self.resumed.keep_recipe(text)
-        with written_whole(folder / "config.yaml") as path:
-            path.write_text(text)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.config.update(yaml.safe_load(text), allow_val_change=True)
 
 
 class RecipeCLI(LightningCLI):

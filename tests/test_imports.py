@@ -65,6 +65,7 @@ COMMAND_LINE = {
     "cli",
     "recipe_cli",
     "resumed_run",
+    "saved_recipe",
     "recipe_parser",
     "measure_cli",
     "export_cli",
